@@ -1,0 +1,1 @@
+"""Datasets: the beton file, its order, its loader and its sources."""

@@ -1,0 +1,135 @@
+"""Batches of pixels from a beton, in an order given from outside.
+
+FFCV runs the epoch: its thread prepares batches in a ring of buffers and copies them to the device on streams of their
+own. The order, the crops, the decoding and the handling of errors are ours.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dp4tl_dist.data import augment, decode
+from dp4tl_dist.data.beton import Beton
+from dp4tl_dist.data.order import check_indices
+from dp4tl_dist.data.steps import MappedFile, PageCache, Steps
+
+BATCHES_AHEAD = 3
+
+
+class Batch(NamedTuple):
+    """One step's samples. The images live in buffers that are used again: clone what outlives the step."""
+
+    images: Tensor
+    """uint8 (batch, 3, height, width), channels last."""
+    labels: Tensor
+    """int64 (batch,)."""
+    identifiers: Tensor
+    """int64 (batch,): positions in the unpruned source."""
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """Random resized crops, mirrored half of the time; a function of (seed, epoch, identifier)."""
+
+    resolution: int
+    seed: int
+    epoch: int
+    min_scale: float = 0.08
+    flip: bool = True
+
+    def draw(self, beton: Beton, batch: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Boxes int32 (n, 4) and flips bool (n,) for the samples at those positions."""
+        keys = beton.identifiers[batch]
+        boxes = augment.train_boxes(
+            beton.heights[batch], beton.widths[batch], keys, seed=self.seed, epoch=self.epoch, min_scale=self.min_scale
+        )
+        return boxes, self.flip & augment.train_flips(keys, seed=self.seed, epoch=self.epoch)
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The central square, `ratio` x the shorter side; for validation and voting."""
+
+    resolution: int
+    ratio: float = 224 / 256
+
+    def draw(self, beton: Beton, batch: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Boxes int32 (n, 4) and flips bool (n,), all False, for the samples at those positions."""
+        boxes = augment.centre_boxes(beton.heights[batch], beton.widths[batch], ratio=self.ratio)
+        return boxes, np.zeros(len(batch), dtype=np.bool_)
+
+
+class BetonLoader:
+    """Loads batches of one beton.
+
+    device: where batches are to arrive, "cpu" or "cuda:I". num_workers: decoding threads. os_cache: map the file and
+    leave caching to the operating system; else hold just the pages that the coming batches need, for files larger than
+    memory and an order that draws from a window of pages.
+    """
+
+    def __init__(self, beton: Beton, *, device: str = "cpu", num_workers: int = 1, os_cache: bool = True) -> None:
+        self.beton = beton
+        self.device = torch.device(device)
+        self.num_workers = num_workers
+        self._pages = (MappedFile if os_cache else PageCache)(beton)
+        # Threads that live as long as the loader: libffcv keeps a decoder for each thread that it ever saw.
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+        """One Batch for each array of positions, in that order; the arrays may have any lengths.
+
+        Raises UserError at once for positions that repeat or are not in the file, and BadSampleError from the step that
+        meets a damaged sample. Closing the iterator ends its threads; leaving a `for` early drops and so closes it.
+        """
+        if not len(batches):
+            return iter(())
+        positions = check_indices(np.concatenate(batches), self.beton.num_samples, what=str(self.beton.path))
+        ends = np.cumsum([len(batch) for batch in batches])
+        return self._run(np.split(positions, ends[:-1]), view)
+
+    def _run(self, batches: list[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+        steps = Steps(self._plan(max(map(len, batches)), view), batches)
+        try:
+            for batch, images in zip(batches, steps, strict=True):
+                yield Batch(images, self._attach(self.beton.labels[batch]), self._attach(self.beton.identifiers[batch]))
+        finally:
+            steps.close()
+
+    def _attach(self, values: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _plan(self, batch_size: int, view: TrainView | CentreView) -> SimpleNamespace:
+        """What FFCV's epoch takes from its loader: the stages, the sizes and the source of pages."""
+        decoder = decode.CropDecoder(self.beton, view, pool=self._pool, num_workers=self.num_workers)
+        moves = [] if self.device.type == "cpu" else [decode.ToDevice(self.device, non_blocking=True)]
+        stages = [decoder, decode.ToTensor(), *moves, decode.ToTorchImage(channels_last=True)]
+        with _plain_stages():
+            graph = decode.Graph(
+                {"image": decode.PipelineSpec("image", stages[0], stages[1:])},
+                {"image": decode.RGBImageField()}, {"image": 0}, {"f0": None}, None,
+            )  # fmt: skip
+            code = graph.codegen_all(graph.collect_requirements()[1])
+        return SimpleNamespace(
+            graph=graph, code=code, memory_manager=self._pages, reader=SimpleNamespace(metadata={"f0": None}),
+            batch_size=batch_size, batches_ahead=BATCHES_AHEAD, traversal_order=None, device=self.device,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain_stages() -> Iterator[None]:
+    """FFCV's stages as plain Python: compiling them costs seconds in each process, and their work is in our kernel."""
+    enabled = decode.Compiler.is_enabled
+    decode.Compiler.set_enabled(False)
+    try:
+        yield
+    finally:
+        decode.Compiler.set_enabled(enabled)

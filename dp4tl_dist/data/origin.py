@@ -1,0 +1,27 @@
+"""`dp4tl write`: from whatever the images come from to one beton."""
+
+import argparse
+
+from dp4tl_dist.data.write import Progress, WriteOptions, WriteReport, folder_samples, write_samples
+from dp4tl_dist.files import check_output
+
+
+def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
+    """Write what --images, --torchvision or --synthetic name to --out."""
+    options = WriteOptions(args.max_side, args.quality, args.seed, args.workers, args.skip_bad, args.force)
+    check_output(args.out, force=args.force)
+    if args.images is not None:
+        samples, classes = folder_samples(args.images)
+        origin = str(args.images)
+    elif args.torchvision is not None:
+        from dp4tl_dist.data.sources import open_source
+
+        samples, classes = open_source(args.torchvision, args.split, args.root, download=args.download)
+        origin = f"torchvision {args.torchvision} {args.split} in {args.root}"
+    else:
+        from dp4tl_dist.data.synthetic import dataset
+
+        kind, _, split = args.synthetic.partition("/")
+        samples, classes = dataset(kind, split, seed=args.seed)
+        origin = f"synthetic {args.synthetic}"
+    return write_samples(samples, classes, args.out, options=options, origin=origin, progress=progress)

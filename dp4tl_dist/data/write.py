@@ -1,0 +1,204 @@
+"""Writes image folders, or any sequence of samples, into a beton: shuffled once, encoded by several processes.
+
+The file depends on the samples and the options alone, not on the number of processes.
+"""
+
+import contextlib
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dp4tl_dist.data.beton import BetonWriter
+from dp4tl_dist.data.encode import Encoded, Sample, Source, encode_samples
+from dp4tl_dist.data.order import epoch_order
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import check_output, make_meta
+
+__all__ = ["Sample", "WriteReport", "folder_samples", "write_folder", "write_samples"]
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+WRITE_EPOCH = 2**63
+"""The shuffle at write time has a key of its own, apart from every epoch's."""
+CHUNK = 16
+CHUNKS_AHEAD = 3
+"""For each process: enough that none waits, and a bound on the payloads held in memory."""
+WORTH_PROCESSES = 2.0
+"""Seconds of encoding below which processes take longer to start than they save."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    num_samples: int
+    num_classes: int
+    skipped: list[tuple[str, str]]
+    """(path, reason) of each unreadable image, by path."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    max_side: int = 400
+    """Longest stored side in pixels; 0 keeps every size."""
+    quality: int = 90
+    seed: int = 0
+    num_workers: int = 0
+    """Encoding processes; 0 takes what this process's cores and the amount of work suggest."""
+    skip_bad: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_side < 0 or 0 < self.max_side < 8:
+            raise UserError(f"max_side {self.max_side} is not possible: use 8 or more pixels, or 0 for no limit")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality {self.quality} is not possible: use 1 to 100")
+        if not 0 <= self.seed < 2**63 or self.num_workers < 0:
+            raise UserError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
+
+
+def write_folder(
+    images: Path,
+    out: Path,
+    *,
+    max_side: int = 400,
+    quality: int = 90,
+    seed: int = 0,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> WriteReport:
+    """Write images/<class>/.../<image> to `out`. See `write_samples`; class names are the sorted folder names."""
+    options = WriteOptions(max_side, quality, seed, num_workers, skip_bad, force)
+    check_output(out, force=force)
+    samples, classes = folder_samples(images)
+    return write_samples(samples, classes, out, options=options, origin=str(images), progress=progress)
+
+
+def write_samples(
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    options: WriteOptions | None = None,
+    origin: str = "",
+    progress: Progress | None = None,
+) -> WriteReport:
+    """Encode `samples` in a seeded random order; identifiers are their positions in the file.
+
+    `origin` is kept in the file's meta; `progress(done, total)` is called now and then. Raises UserError for unreadable
+    files (unless options.skip_bad), RuntimeError when an encoding process dies; either way nothing is left at `out`.
+    """
+    options = options or WriteOptions()
+    start = time.monotonic()
+    check_output(out, force=options.force)
+    if not samples:
+        raise UserError(f"{origin or out}: there are no images to write")
+    order = epoch_order(np.arange(len(samples)), seed=options.seed, epoch=WRITE_EPOCH).tolist()
+    skipped: list[tuple[str, str]] = []
+    with BetonWriter(out, capacity=len(samples)) as writer:
+        encoded = _encode_all((samples[i].source for i in order), options)
+        with contextlib.closing(encoded):
+            for done, (i, result) in enumerate(zip(order, encoded, strict=True), 1):
+                if isinstance(result, str):
+                    skipped.append((str(samples[i].source), result))
+                elif options.skip_bad or not skipped:
+                    payload, height, width = result
+                    label, place = samples[i].label, writer.num_samples
+                    writer.add(payload, height=height, width=width, label=label, identifier=place)
+                if progress and (done % CHUNK == 0 or done == len(order)):
+                    progress(done, len(order))
+        skipped.sort()
+        _check_skipped(skipped, len(order), options)
+        config = asdict(options) | {"origin": origin}
+        meta = make_meta("dataset", config=config, seed=options.seed) | {"skipped": skipped}
+        writer.finish(classes, meta)
+    return WriteReport(writer.num_samples, len(classes), skipped, time.monotonic() - start)
+
+
+def _check_skipped(skipped: list[tuple[str, str]], total: int, options: WriteOptions) -> None:
+    if skipped and (not options.skip_bad or len(skipped) == total):
+        path, reason = skipped[0]
+        remedy = "" if options.skip_bad else ", or skip them with --skip-bad"
+        raise UserError(f"{len(skipped)} of {total} images cannot be read, first {path} ({reason}): mend them{remedy}")
+
+
+# ---------------------------------------------------------------- folders
+
+
+def folder_samples(images: Path) -> tuple[list[Sample], list[str]]:
+    """The samples of images/<class>/.../<image>, sorted, and the class names. Hidden names are left out."""
+    if not images.is_dir():
+        raise UserError(f"{images} is not a folder: give one that holds a folder of images for each class")
+    entries = [entry for entry in sorted(images.iterdir()) if not entry.name.startswith(".")]
+    folders = [entry for entry in entries if entry.is_dir()]
+    loose = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
+    if loose:
+        raise UserError(f"{loose[0]} is not in a class folder ({len(loose)} such images): move it to {images}/<class>/")
+    if not folders:
+        raise UserError(f"{images} has no class folders: it should hold a folder of images for each class")
+    samples: list[Sample] = []
+    for label, folder in enumerate(folders):
+        found = sorted(_images_under(folder))
+        if not found:
+            raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}): add some or remove the folder")
+        samples += [Sample(path, label) for path in found]
+    return samples, [folder.name for folder in folders]
+
+
+def _images_under(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): change its permissions") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(parent, name)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _encode_all(sources: Iterator[Source], options: WriteOptions) -> Generator[Encoded | str, None, None]:
+    """The results for `sources`, in order."""
+    encode: Any = partial(encode_samples, max_side=options.max_side, quality=options.quality)
+    chunks = iter(lambda: list(itertools.islice(sources, CHUNK)), [])
+    num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    if options.num_workers == 0 or num_workers == 1:
+        started = time.monotonic()
+        for chunk in chunks:
+            yield from encode(chunk)
+            # Small jobs are done before processes would have started.
+            if num_workers > 1 and time.monotonic() - started > WORTH_PROCESSES:
+                break
+        else:
+            return
+    # "spawn": a fork of a process with threads (torch, gloo) may deadlock.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        waiting: deque[Future[list[Encoded | str]]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(encode, chunk))
+                if len(waiting) > CHUNKS_AHEAD * num_workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "an encoding process died (out of memory?): use fewer workers, or 1 to see why"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

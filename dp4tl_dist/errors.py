@@ -1,0 +1,21 @@
+"""The errors that users see, and the exit codes that scripts rely on."""
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: everything is saved; run the same command again to continue
+
+
+class UserError(ValueError):
+    """Bad input or config. Its text is one line: what is wrong, where, and what to do. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and everything is saved. Exit code 75."""
+
+
+def one_of(name: str, value: str, known: "dict[str, object] | list[str] | tuple[str, ...]") -> str:
+    """`value` if it is one of `known`, else a UserError that lists the known ones."""
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}: use one of {', '.join(sorted(known))}")
+    return value

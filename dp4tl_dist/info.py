@@ -1,0 +1,73 @@
+"""`dp4tl info`: what any artefact is. Reads headers and meta, never weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dp4tl_dist.data.beton import describe as describe_beton
+from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import load_npz, read_json
+
+NPZ_KINDS = ("votes", "subset", "scores")
+SHOWN_CLASSES = 8
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Kind, sizes and provenance of a beton, an .npz, a checkpoint, a run folder or a result, as plain JSON types."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: pass a file or folder that dp4tl made")
+    if path.is_dir():
+        return _describe_folder(path)
+    if path.suffix == ".npz":
+        return _describe_npz(path)
+    if path.suffix == ".json":
+        content = read_json(path)
+        return {"path": str(path), **content} if isinstance(content, dict) else {"path": str(path), "content": content}
+    return describe_beton(open_beton(path))
+
+
+def _describe_folder(path: Path) -> dict[str, Any]:
+    if (path / "meta.json").is_file():
+        return {"path": str(path), **read_json(path / "meta.json")}
+    metas = sorted((path / "checkpoints").glob("step_*/meta.json"))
+    if metas:
+        return {"path": str(path), "checkpoint": str(metas[-1].parent), **read_json(metas[-1])}
+    if (path / "stages").is_dir():
+        records = [read_json(item) for item in sorted((path / "stages").glob("*.json"))]
+        return {"path": str(path), "kind": "run", "stages": {item["name"]: item["status"] for item in records}}
+    raise UserError(f"{path} holds nothing that dp4tl made: pass a beton, an .npz, a checkpoint or a run folder")
+
+
+def _describe_npz(path: Path) -> dict[str, Any]:
+    errors = []
+    for kind in NPZ_KINDS:
+        try:
+            arrays, meta = load_npz(path, kind)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        shapes = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+        content = {"path": str(path), **meta, "arrays": shapes}
+        if kind == "votes":
+            content["num_voters"] = int(arrays["predictions"].size)
+            content["groups_with_votes"] = int(np.count_nonzero(np.atleast_2d(arrays["votes"]).sum(axis=0)))
+        return content
+    raise UserError(errors[0])
+
+
+def render(content: dict[str, Any], indent: int = 0) -> str:
+    """The description as indented lines; long lists are cut."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            lines.append(f"{' ' * indent}{key}:")
+            lines.append(render(value, indent + 2)) if value else None
+        elif isinstance(value, list) and len(value) > SHOWN_CLASSES:
+            shown = ", ".join(str(item) for item in value[:SHOWN_CLASSES])
+            lines.append(f"{' ' * indent}{key}: {shown}, ... ({len(value)} in all)")
+        else:
+            text = ", ".join(str(item) for item in value) if isinstance(value, list) else value
+            lines.append(f"{' ' * indent}{key}: {text}")
+    return "\n".join(line for line in lines if line)

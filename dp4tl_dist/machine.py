@@ -1,0 +1,97 @@
+"""What this machine offers a run: SLURM, GPUs, cores, memory and space. Stdlib only, as `doctor` needs it."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    status: Literal["ok", "missing", "optional"]
+    """missing: something required is absent or broken. optional: absent or scarce, and most work goes on without."""
+    detail: str
+    mend: str = ""
+    """The command, or the step, that mends it; empty when nothing is to be done."""
+
+
+def look(about_torch: Mapping[str, Any], *, mend_torch: str) -> list[Check]:
+    """Check the machine; `about_torch` is what torch says of its build and of the GPUs, empty when it does not import."""
+    shm = Path("/dev/shm")
+    return [
+        _slurm(),
+        _gpus(about_torch, mend_torch),
+        _nccl(about_torch, mend_torch),
+        _cores(),
+        _memory(),
+        space(
+            "/dev/shm", shm, wanted_gib=1, mend="docker run --shm-size=8g; as root: mount -o remount,size=8g /dev/shm"
+        ),
+        space("disk here", Path.cwd(), wanted_gib=5, mend="free some space, or work in another folder"),
+    ]
+
+
+def _slurm() -> Check:
+    commands = ("sbatch", "srun", "squeue", "scancel")
+    lacking = [name for name in commands if shutil.which(name) is None]
+    if lacking:
+        mend = "log in to a submit node (or `module load slurm`); without SLURM use --cluster local"
+        return Check("SLURM", "optional", f"not on PATH: {', '.join(lacking)}", mend)
+    return Check("SLURM", "ok", ", ".join(commands))
+
+
+def _gpus(about: Mapping[str, Any], mend_torch: str) -> Check:
+    gpus = about.get("gpus", [])
+    if gpus:
+        counts = {name: gpus.count(name) for name in gpus}
+        return Check("GPUs", "ok", ", ".join(f"{count} x {name}" for name, count in counts.items()))
+    if about.get("build") == "CPU only" and shutil.which("nvidia-smi"):
+        return Check("GPUs", "optional", "there is a driver, and torch is a CPU-only build", mend_torch)
+    mend = "see that nvidia-smi works and CUDA_VISIBLE_DEVICES is right" if shutil.which("nvidia-smi") else ""
+    return Check("GPUs", "optional", "torch sees none: everything runs on the CPU", mend)
+
+
+def _nccl(about: Mapping[str, Any], mend_torch: str) -> Check:
+    if about.get("nccl"):
+        return Check("NCCL", "ok", about["nccl"])
+    return Check(
+        "NCCL", "optional", "not in use without GPUs: ranks talk by gloo", mend_torch if about.get("gpus") else ""
+    )
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _cores() -> Check:
+    return Check("cores", "ok", f"{num_cores()} for this process, {os.cpu_count()} in the machine")
+
+
+def _memory() -> Check:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's own
+    text = limit.read_text().strip() if limit.exists() else "max"
+    usable = min(total, int(text)) if text.isdecimal() else total
+    detail = f"{usable / GIB:.1f} GiB" + (f" of the machine's {total / GIB:.1f}" if usable < total else "")
+    if usable < 4 * GIB:
+        return Check("memory", "optional", detail, "4 GiB or more is comfortable: ask for more, or use fewer ranks")
+    return Check("memory", "ok", detail)
+
+
+def space(name: str, folder: Path, *, wanted_gib: float, mend: str) -> Check:
+    """Free space in `folder`; less than `wanted_gib` is worth a word."""
+    if not folder.is_dir():
+        return Check(name, "optional", "not there", mend)
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GIB:.1f} GiB free"
+    if free < wanted_gib * GIB:
+        return Check(name, "optional", f"{detail}: {wanted_gib:g} GiB or more is comfortable", mend)
+    return Check(name, "ok", detail)

@@ -1,0 +1,116 @@
+"""One streaming pass of a surrogate over a dataset, and the sums that votes are made of.
+
+Ranks take ragged, disjoint runs of whole batches (`inference_batches`); nothing is padded, there is no collective
+inside the loop, and only sums and one number an image are kept.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dp4tl_dist.data.beton import Beton
+from dp4tl_dist.data.loader import Batch, BetonLoader, CentreView
+from dp4tl_dist.data.order import inference_batches
+from dp4tl_dist.log import progress
+from dp4tl_dist.models import logits_and_features, normalise
+from dp4tl_dist.prune.votes import Tally, add_group_sums, centres_of, check_sums, from_units, largest
+from dp4tl_dist.world import World, all_max, all_sum, gather_rows
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A trained network on its device, and how it looks at images."""
+
+    model: nn.Module
+    view: CentreView
+    batch_size: int = 256
+    num_workers: int = 1
+    bf16: bool = False
+
+
+@torch.inference_mode()
+def stream(
+    surrogate: Surrogate, loader: BetonLoader, batches: Sequence[NDArray[np.int64]]
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """One (batch, logits float32 (n, classes), features float32 (n, dim)) for each array of positions, in order."""
+    surrogate.model.eval()
+    with contextlib.closing(loader.epoch(batches, surrogate.view)) as epoch:  # type: ignore[type-var]
+        for batch in epoch:
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=surrogate.bf16):
+                logits, features = logits_and_features(surrogate.model, normalise(batch.images))
+            yield batch, logits.float(), features.float().flatten(1)
+
+
+def shard(
+    surrogate: Surrogate, world: World, beton: Beton, *, label: str
+) -> tuple[NDArray[np.int64], Iterator[tuple[Batch, Tensor, Tensor]]]:
+    """This rank's positions in `beton` (n_of_rank,) and the stream over them."""
+    everything = np.arange(beton.num_samples)
+    batches = inference_batches(everything, batch_size=surrogate.batch_size, num_ranks=world.num_ranks, rank=world.rank)
+    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers)
+    positions = np.concatenate([everything[:0], *batches])
+
+    def run() -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        with progress(label, shown=world.is_main) as advance:
+            for done, item in enumerate(stream(surrogate, loader, batches), start=1):
+                yield item
+                advance(done, len(batches))
+
+    return positions, run()
+
+
+def cast_votes(
+    surrogate: Surrogate,
+    world: World,
+    beton: Beton,
+    judge: Callable[[Tensor, Tensor], Tally],
+    *,
+    num_groups: int,
+    label: str = "vote",
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """All images of `beton` vote: votes (groups,), affinity (groups,), predictions (images,), the same on every rank.
+
+    `judge` makes a Tally of a batch's logits and features. A surrogate that yields NaN is a UserError on every rank.
+    """
+    positions, items = shard(surrogate, world, beton, label=label)
+    votes = torch.zeros(num_groups, dtype=torch.int64, device=world.device)
+    affinity, top, predictions = votes.clone(), 0.0, [votes[:0]]
+    for _, logits, features in items:
+        tally = judge(logits, features)
+        votes += tally.votes
+        affinity += tally.affinity
+        predictions.append(tally.predictions)
+        top = max(top, tally.largest)
+    top = float(all_max(world, np.array([top]))[0])
+    check_sums(top, beton.num_samples, what=f"outputs for {beton.path} are")
+    total = from_units(torch.from_numpy(all_sum(world, affinity.cpu().numpy())))
+    found = gather_rows(world, positions, torch.cat(predictions).cpu().numpy(), beton.num_samples)
+    return all_sum(world, votes.cpu().numpy()), total.numpy(), found
+
+
+def class_centres(
+    surrogate: Surrogate, world: World, beton: Beton, *, label: str = "class means"
+) -> NDArray[np.float64]:
+    """The mean feature of each class, float64 (classes, dim), the same on every rank; NaN for an empty class."""
+    _, items = shard(surrogate, world, beton, label=label)
+    counts = torch.zeros(beton.num_classes, dtype=torch.int64, device=world.device)
+    sums, top = None, 0.0
+    for batch, _, features in items:
+        if sums is None:
+            sums = torch.zeros(beton.num_classes, features.shape[1], dtype=torch.int64, device=world.device)
+        add_group_sums(sums, counts, features, batch.labels)
+        top = max(top, largest(features))
+    # A rank without a batch learns the features' length from the others.
+    dim = int(all_max(world, np.array([0 if sums is None else sums.shape[1]]))[0])
+    mine = np.zeros((beton.num_classes, dim), np.int64) if sums is None else sums.cpu().numpy()
+    check_sums(float(all_max(world, np.array([top]))[0]), beton.num_samples, what=f"features of {beton.path} are")
+    total = from_units(torch.from_numpy(all_sum(world, mine)))
+    return centres_of(total.numpy(), all_sum(world, counts.cpu().numpy()))

@@ -1,0 +1,164 @@
+"""The verb `vote`: a surrogate, one or more targets, and for FM the source -> a votes file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.errors import UserError, one_of
+from dp4tl_dist.files import check_fingerprint, check_output, make_meta
+from dp4tl_dist.prune.select import combine, count_for_coverage, rank_groups
+from dp4tl_dist.prune.votes_file import Votes, save_votes
+from dp4tl_dist.world import World, on_main
+
+if TYPE_CHECKING:
+    from dp4tl_dist.prune.surrogate import Surrogate
+
+METHODS = ("lm", "fm")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class VoteSummary:
+    """What `vote` found, over all targets."""
+
+    method: str
+    num_voters: int
+    num_groups: int
+    groups_with_votes: int
+    groups_for_95: int
+    """The fewest groups that hold 95 % of the votes."""
+    top: tuple[tuple[str, int], ...]
+    """The first groups of the ranking, and their votes."""
+
+    def __str__(self) -> str:
+        first = ", ".join(f"{name} {count}" for name, count in self.top)
+        return (
+            f"{self.num_voters} votes ({self.method}) for {self.groups_with_votes} of {self.num_groups} classes; "
+            f"{self.groups_for_95} hold 95 % of the votes; first: {first}"
+        )
+
+
+def vote(
+    world: World,
+    *,
+    method: str,
+    surrogate: Path,
+    targets: Sequence[Path],
+    source: Path | None = None,
+    out: Path,
+    batch_size: int = 256,
+    resolution: int | None = None,
+    num_workers: int = 0,
+    precision: str = "auto",
+    force: bool = False,
+) -> VoteSummary:
+    """Let the images of `targets` vote by the surrogate (a checkpoint or run folder); rank 0 writes `out`.
+
+    All ranks call it and get the same summary or the same UserError. lm: groups are the surrogate's classes. fm: groups
+    are the classes of `source`, which is needed. `resolution` defaults to the surrogate's validation resolution.
+    """
+    one_of("--method", method, METHODS)
+    one_of("--precision", precision, PRECISIONS)
+    if method == "fm" and source is None:
+        raise UserError("--method fm makes its centres from the source: add --source")
+    if batch_size < 1 or not targets:
+        raise UserError(f"--batch-size {batch_size} must be positive, and at least one --target given")
+    on_main(world, lambda: check_output(out, force=force))
+    betons = [open_beton(path) for path in targets]
+    origin = None if source is None else open_beton(source)
+    network, meta = _load(surrogate, world, batch_size, resolution, num_workers, bf16=_bf16(precision, world))
+    inputs = _inputs(meta, surrogate, betons, origin, method=method)
+    classes = tuple(meta["classes"]) if method == "lm" or origin is None else origin.classes
+    result = _cast(network, world, betons, origin if method == "fm" else None, len(classes))
+    view = network.view
+    config = {
+        "method": method, "surrogate": str(surrogate), "targets": [str(path) for path in targets],
+        "source": source and str(source), "batch_size": batch_size, "resolution": view.resolution, "ratio": view.ratio,
+        "bf16": network.bf16,
+    }  # fmt: skip
+    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs))
+    on_main(world, lambda: save_votes(out, votes))
+    return summarise(votes)
+
+
+def summarise(votes: Votes, *, num_top: int = 5) -> VoteSummary:
+    """The summary over all targets: counts are plain sums, the ranking is the one `prune` makes by default."""
+    combined, affinity = combine(votes.votes, votes.affinity)
+    ranking, counts = rank_groups(combined, affinity), votes.votes.sum(axis=0)
+    top = tuple((votes.classes[i], int(counts[i])) for i in ranking[:num_top])
+    needed = count_for_coverage(combined[ranking], 0.95)
+    return VoteSummary(votes.method, int(counts.sum()), len(counts), int(np.count_nonzero(counts)), needed, top)
+
+
+def _bf16(precision: str, world: World) -> bool:
+    return precision == "bf16" or (precision == "auto" and world.device != "cpu")
+
+
+def _load(
+    path: Path, world: World, batch_size: int, resolution: int | None, num_workers: int, *, bf16: bool
+) -> tuple["Surrogate", dict[str, Any]]:
+    """The surrogate on this rank's device with its centre view, and its checkpoint's meta."""
+    import torch
+
+    from dp4tl_dist.data.loader import CentreView
+    from dp4tl_dist.models import check_arch
+    from dp4tl_dist.prune.surrogate import Surrogate
+    from dp4tl_dist.train.checkpoint import load_model
+
+    model, meta = load_model(path)
+    try:
+        train = meta["config"]["train"]
+        view = CentreView(resolution or int(train["val_resolution"]), float(train["val_ratio"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint {path} lacks {error} in its meta: is it one of `dp4tl train`?") from error
+    if view.resolution < 1:
+        raise UserError(f"--resolution {view.resolution} must be a positive number of pixels")
+    check_arch(meta["config"]["model"]["arch"], (view.resolution,))
+    model.to(world.device)
+    if world.device != "cpu":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Surrogate(model, view, batch_size, world.num_workers(num_workers), bf16), meta
+
+
+def _inputs(
+    meta: dict[str, Any], path: Path, targets: Sequence[Beton], source: Beton | None, *, method: str
+) -> dict[str, str]:
+    """Fingerprints of all that the votes depend on. An LM surrogate of another source is a UserError."""
+    trained_on = meta["inputs"].get("train")
+    if method == "lm" and source is not None:
+        check_fingerprint("source", trained_on, source.fingerprint, expected_from=path, actual_from=source.path)
+    if method == "lm" and trained_on is None:
+        raise UserError(f"the checkpoint {path} does not say what it was trained on: train it again with `dp4tl train`")
+    return {
+        "source": source.fingerprint if source is not None else trained_on,
+        "surrogate": meta["digests"]["weights.safetensors"],
+        **{f"target{i}": beton.fingerprint for i, beton in enumerate(targets)},
+    }
+
+
+def _cast(
+    network: "Surrogate", world: World, targets: Sequence[Beton], source: Beton | None, num_groups: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Votes and affinity (targets, groups), predictions of all images, sizes of targets. FM if `source` is given."""
+    import torch
+    from torch import Tensor
+
+    from dp4tl_dist.prune.surrogate import cast_votes, class_centres
+    from dp4tl_dist.prune.votes import Tally, fm_tally, lm_tally
+
+    centres = None if source is None else torch.from_numpy(class_centres(network, world, source)).to(world.device)
+
+    def judge(logits: Tensor, features: Tensor) -> Tally:
+        return lm_tally(logits) if centres is None else fm_tally(features, centres)
+
+    rows = [cast_votes(network, world, beton, judge, num_groups=num_groups) for beton in targets]
+    votes, affinity = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+    if centres is not None:
+        affinity[:, centres.isnan().any(dim=1).cpu().numpy()] = -math.inf
+    return votes, affinity, np.concatenate([row[2] for row in rows]), np.array([beton.num_samples for beton in targets])

@@ -1,0 +1,44 @@
+"""The published transfer recipes, and the config that a transfer run is validated from."""
+
+from typing import Any, Literal
+
+from dp4tl_dist.config import Count, EngineConfig, LogConfig, OptimConfig, Share, Table
+from dp4tl_dist.errors import UserError
+
+Mode = Literal["lp", "ff"]
+
+_COMMON: dict[str, Any] = {
+    "batch_size": 128, "weight_decay": 0.0, "schedule": "cosine", "peak_epoch": 0.0,
+    "resolution": 224, "val_resolution": 224, "val_ratio": 224 / 256,
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "lp": {**_COMMON, "epochs": 50, "optimizer": "adam", "lr": 0.01},
+    "ff": {**_COMMON, "epochs": 200, "optimizer": "adam", "lr": 1e-4},
+    # Food101, StanfordCars and SUN397 finetune by SGD in the published code.
+    "ff-sgd": {**_COMMON, "epochs": 200, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+}
+
+
+class TransferConfig(Table):
+    """One transfer run. Every value not given is the published recipe's of its mode."""
+
+    seed: int = 0
+    recipe: Literal["lp", "ff", "ff-sgd"] = "lp"
+    val_share: Share = 0.1
+    """Share of the target's training set that chooses the epoch, drawn class by class."""
+    cached: bool = False
+    """Linear probe on features of the centre view, computed once."""
+    num_workers: Count | Literal[0] = 0
+    train: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig(tensorboard=False)
+
+
+def recipe(mode: Mode, content: dict[str, Any]) -> dict[str, Any]:
+    """`content` on top of the published recipe: what `TransferConfig` is validated from."""
+    name = content.get("recipe", mode)
+    if name not in RECIPES or not str(name).startswith(mode):
+        raise UserError(f"recipe {name!r} does not fit --mode {mode}: use one of {', '.join(RECIPES)}")
+    if content.get("cached") and mode != "lp":
+        raise UserError("--cached works with --mode lp only: full finetuning changes the features")
+    return {**content, "recipe": name, "train": {**RECIPES[str(name)], **content.get("train", {})}}

@@ -1,0 +1,293 @@
+"""The stage graph: from one RunConfig to the command lines that carry it out. Pure arithmetic on names and paths."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from dp4tl_dist.config import (
+    CheckpointConfig,
+    Count,
+    EngineConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Share,
+    Table,
+)
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.recipes import RECIPES
+
+ARM = re.compile(r"(?P<method>[a-z-]+)@(?P<keep>[0-9.]+)")
+METHODS = ("lm", "fm", "lm-reverse", "fm-reverse", "random", "random-samples")
+SYNTHETIC = "synthetic:"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class SourceConfig(Table):
+    """The source dataset: image folders (DIR/<class>/<image>), betons, or "synthetic:source/SPLIT"."""
+
+    train: str
+    val: str = ""
+
+
+class TargetConfig(Table):
+    """A target dataset, in the same forms."""
+
+    train: str
+    test: str
+
+
+class WriteConfig(Table):
+    """How image folders become betons."""
+
+    max_side: Annotated[int, Field(ge=0)] = 400
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
+    seed: Annotated[int, Field(ge=0)] = 0
+    skip_bad: bool = False
+
+
+class StageTrain(Table):
+    """What a training stage sets; the data come from the graph."""
+
+    model: ModelConfig = ModelConfig()
+    train: OptimConfig = OptimConfig()
+    min_scale: Share = 0.08
+    flip: bool = True
+    page_aware: bool = False
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class TransferStage(Table):
+    """How arms are judged. `lp` and `ff` override the published recipes' `train` keys."""
+
+    modes: tuple[Literal["lp", "ff"], ...] = ("lp",)
+    cached: bool = False
+    """Linear probes on features computed once."""
+    val_share: Share = 0.1
+    lp: dict[str, Any] = {}
+    ff: dict[str, Any] = {}
+
+
+class RunConfig(Table):
+    """A whole run: one surrogate, several arms, several targets, several seeds."""
+
+    source: SourceConfig
+    targets: dict[str, TargetConfig]
+    arms: tuple[str, ...] = ("dense", "lm@0.5", "random@0.5")
+    """"dense", or METHOD@KEEP with a share of the classes to keep and a method of `METHODS`."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Each arm is pretrained and transferred once for every seed. The surrogate takes the first."""
+    nproc: Count = 1
+    """Ranks of each training, voting and transfer stage."""
+    compact: bool = False
+    """Copy each arm's samples into a file of its own, instead of reading the full one by index."""
+    write: WriteConfig = WriteConfig()
+    surrogate: StageTrain = StageTrain()
+    pretrain: StageTrain = StageTrain()
+    transfer: TransferStage = TransferStage()
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            found = ARM.fullmatch(arm)
+            keep = found and re.fullmatch(r"0?\.[0-9]+|1(\.0*)?|0\.[0-9]+", found["keep"])
+            if arm != "dense" and not (found and found["method"] in METHODS and keep and float(found["keep"]) > 0):
+                raise ValueError(
+                    f'{arm!r} is not "dense" or METHOD@KEEP with one of {", ".join(METHODS)} and 0 < KEEP <= 1'
+                )
+        if not arms or len(set(arms)) != len(arms):
+            raise ValueError("at least one arm, and none twice")
+        return arms
+
+    @field_validator("targets")
+    @classmethod
+    def _plain_names(cls, targets: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
+        if not targets:
+            raise ValueError("at least one target: add [targets.NAME] with train and test")
+        for name in targets:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a target: use letters, digits, '_', '-' and '.'")
+        return targets
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run: a `dp4tl` command line, the files it reads and the one it makes."""
+
+    name: str
+    argv: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    output: Path
+    distributed: bool = False
+    config: dict[str, Any] | None = None
+    """Content of the file that argv's --config names; the runner writes it."""
+    also: tuple[Path, ...] = ()
+    """Further files that the stage makes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm on one target with one seed: which stages made it."""
+
+    arm: str
+    target: str
+    seed: int
+    subset: Path | None
+    selection: tuple[str, ...]
+    """Stages whose time counts as selection: surrogate, vote, prune."""
+    pretrain: str
+    transfers: dict[Literal["lp", "ff"], str]
+
+
+class Graph:
+    """The stages of a run in an order that can be carried out, and the trials that they serve."""
+
+    def __init__(self, config: RunConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        self.stages: dict[str, Stage] = {}
+        self.trials: list[Trial] = []
+        self.source = self._beton("source-train", config.source.train)
+        self.source_val = self._beton("source-val", config.source.val) if config.source.val else None
+        self.targets = {
+            name: (self._beton(f"{name}-train", target.train), self._beton(f"{name}-test", target.test))
+            for name, target in config.targets.items()
+        }
+        # Arms come round by seed, so that an interrupted run has whole comparisons to show.
+        for seed in config.seeds:
+            for target in config.targets:
+                for arm in config.arms:
+                    self._trial(arm, target, seed)
+
+    def _add(self, stage: Stage) -> Path:
+        self.stages.setdefault(stage.name, stage)
+        return stage.output
+
+    def _beton(self, name: str, origin: str) -> Path:
+        """The beton of a dataset; a stage writes it unless it is one already."""
+        if origin.endswith(".beton"):
+            return Path(origin)
+        output, write = self.out / "data" / f"{name}.beton", self.config.write
+        what = ("--synthetic", origin.removeprefix(SYNTHETIC)) if origin.startswith(SYNTHETIC) else ("--images", origin)
+        argv = ["write", *what, "--out", str(output), "--max-side", str(write.max_side),
+                "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
+        argv += ["--skip-bad"] if write.skip_bad else []
+        inputs = () if origin.startswith(SYNTHETIC) else (Path(origin),)
+        return self._add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
+
+    def _train(
+        self,
+        name: str,
+        table: StageTrain,
+        train: Path,
+        val: Path | None,
+        subset: Path | None,
+        val_subset: Path | None,
+        seed: int,
+    ) -> Path:
+        output = self.out / name.replace("pretrain-", "pretrain/", 1)
+        paths = {"train": train, "val": val, "subset": subset, "val_subset": val_subset}
+        config = {
+            "seed": seed,
+            "data": {
+                **{key: str(path) if path else "" for key, path in paths.items()},
+                **{key: getattr(table, key) for key in ("min_scale", "flip", "page_aware", "num_workers")},
+            },
+            "model": table.model.model_dump(mode="json"),
+            "train": table.train.model_dump(mode="json"),
+            **{key: getattr(self.config, key).model_dump(mode="json") for key in ("engine", "log", "checkpoint")},
+        }
+        inputs = tuple(path for path in paths.values() if path)
+        argv = ("train", "--config", str(self.config_path(name)), "--out", str(output))
+        return self._add(Stage(name, argv, inputs, output, distributed=True, config=config))
+
+    def config_path(self, name: str) -> Path:
+        """Where the runner writes a stage's config."""
+        return self.out / "configs" / f"{name}.json"
+
+    def _select(self, arm: str, target: str, seed: int) -> tuple[Path | None, tuple[str, ...]]:
+        """The subset of an arm (None for dense) and the stages it took."""
+        found = ARM.fullmatch(arm)
+        if not found:
+            return None, ()
+        method, keep = found["method"], found["keep"]
+        random = method.startswith("random")
+        name = f"prune-{arm}-s{seed}" if random else f"prune-{arm}-{target}"
+        selection: list[str] = []
+        argv = ["prune", "--source", str(self.source), "--keep", keep]
+        inputs = [self.source]
+        if random:
+            argv += ["--random", "samples" if method == "random-samples" else "classes", "--seed", str(seed)]
+        else:
+            votes = self._vote(method.removesuffix("-reverse"), target)
+            selection += ["surrogate", votes.stem]
+            argv += ["--votes", str(votes), *(["--reverse"] if method.endswith("-reverse") else [])]
+            inputs.append(votes)
+        output = self.out / "subsets" / f"{name.removeprefix('prune-')}.npz"
+        also: tuple[Path, ...] = ()
+        if self.source_val:
+            argv += ["--apply-to", str(self.source_val)]
+            inputs.append(self.source_val)
+            also = (output.with_suffix(".val.npz"),)
+        self._add(Stage(name, (*argv, "--out", str(output)), tuple(inputs), output, also=also))
+        return output, (*selection, name)
+
+    def _vote(self, method: str, target: str) -> Path:
+        seed = self.config.seeds[0]
+        surrogate = self._train("surrogate", self.config.surrogate, self.source, self.source_val, None, None, seed)
+        output = self.out / "votes" / f"vote-{method}-{target}.npz"
+        train = self.targets[target][0]
+        argv = ["vote", "--method", method, "--surrogate", str(surrogate), "--target", str(train), "--out", str(output)]
+        inputs = [surrogate, train]
+        if method == "fm":
+            argv += ["--source", str(self.source)]
+            inputs.append(self.source)
+        self._add(Stage(output.stem, tuple(argv), tuple(inputs), output, distributed=True))
+        return output
+
+    def _trial(self, arm: str, target: str, seed: int) -> None:
+        subset, selection = self._select(arm, target, seed)
+        whose = "" if arm == "dense" or arm.startswith("random") else f"-{target}"
+        name = f"pretrain-{arm}{whose}-s{seed}"
+        train, indices = self.source, subset
+        if subset and self.config.compact:
+            train, indices = self.out / "data" / f"{subset.stem}.beton", None
+            argv = ("compact", "--source", str(self.source), "--subset", str(subset), "--out", str(train))
+            stage = Stage(f"compact-{subset.stem}", argv, (self.source, subset), train, also=(Path(f"{train}.json"),))
+            self._add(stage)
+            selection = (*selection, stage.name)
+        val_subset = subset.with_suffix(".val.npz") if subset and self.source_val else None
+        run = self._train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed)
+        transfers = {
+            mode: self._transfer(mode, f"{arm}-{target}-s{seed}", run, target, seed)
+            for mode in self.config.transfer.modes
+        }
+        self.trials.append(Trial(arm, target, seed, subset, selection, name, transfers))
+
+    def _transfer(self, mode: str, trial: str, run: Path, target: str, seed: int) -> str:
+        table, (train, test) = self.config.transfer, self.targets[target]
+        name = f"transfer-{mode}-{trial}"
+        output = self.out / "transfer" / f"{mode}-{trial}.json"
+        overrides = getattr(table, mode)
+        unknown = sorted(overrides.keys() - OptimConfig.model_fields.keys())
+        if unknown:
+            raise UserError(
+                f"unknown key 'transfer.{mode}.{unknown[0]}': known are {', '.join(sorted(OptimConfig.model_fields))}"
+            )
+        config = {
+            "seed": seed,
+            "val_share": table.val_share,
+            "cached": table.cached and mode == "lp",
+            "train": {**RECIPES[mode], **overrides},
+            "engine": self.config.engine.model_dump(mode="json"),
+        }
+        argv = ("transfer", "--config", str(self.config_path(name)), "--checkpoint", str(run), "--train", str(train),
+                "--test", str(test), "--mode", mode, "--out", str(output))  # fmt: skip
+        self._add(Stage(name, argv, (run, train, test), output, distributed=True, config=config))
+        return name

@@ -1,0 +1,1 @@
+"""The training loop, what it minimises (tasks), what runs it (engines) and what it saves (checkpoints)."""

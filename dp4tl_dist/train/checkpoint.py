@@ -1,0 +1,149 @@
+"""Checkpoints: a folder that is complete or absent, found again by the function that named it.
+
+weights.safetensors   parameters and buffers by their plain names (buffers averaged over the ranks)
+state.pt              optimizer, each rank's generator states and own buffers; read with weights_only=True
+meta.json             everything else, and the digest of the two files; written last
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import atomic_folder, digest_file, read_json
+from dp4tl_dist.log import warn
+from dp4tl_dist.models import build_model
+
+NAME = re.compile(r"step_(\d{9})")
+FILES = ("weights.safetensors", "state.pt")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in a run folder."""
+    return run / "checkpoints" / f"step_{step:09d}"
+
+
+def save(folder: Path, *, weights: dict[str, Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Write one checkpoint, atomically. Called by one rank."""
+    with atomic_folder(folder) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(plain, temporary / "weights.safetensors")
+        torch.save(state, temporary / "state.pt")
+        digests = {name: digest_file(temporary / name) for name in FILES}
+        (temporary / "meta.json").write_text(json.dumps({**meta, "digests": digests}, indent=2, sort_keys=True) + "\n")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta of a checkpoint folder. A folder that is none is a UserError."""
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else None
+    if not isinstance(meta, dict) or meta.get("kind") != "checkpoint" or not isinstance(meta.get("digests"), dict):
+        raise UserError(f"{folder} is not a checkpoint: pass a checkpoint folder or a run folder of `dp4tl train`")
+    return meta
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of the checkpoint has the content that its meta promises."""
+    try:
+        digests = read_meta(folder)["digests"]
+        return all(digest_file(folder / name) == digests.get(name) for name in FILES)
+    except (UserError, OSError):
+        return False
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not."""
+    folder = run / "checkpoints"
+    found = [item for item in folder.iterdir() if NAME.fullmatch(item.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda item: item.name)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; a torn one is skipped with a warning."""
+    for folder in reversed(checkpoints(run)):
+        if is_whole(folder):
+            return folder
+        warn(f"{folder} is torn or damaged: skipped")
+    return None
+
+
+def prune_old(run: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one by validation accuracy; clear what a crash left."""
+    found = checkpoints(run)
+    scores = {folder: (read_meta(folder).get("val") or {}).get("top1") for folder in found}
+    scored = [folder for folder in found if scores[folder] is not None]
+    best = {max(scored, key=lambda folder: (scores[folder], folder.name))} if scored else set()
+    leftovers = list((run / "checkpoints").glob(".*.tmp"))
+    for folder in [*leftovers, *(set(found[:-keep]) - best)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def best(run: Path) -> Path:
+    """The checkpoint of a run with the best validation accuracy; the later one of equals."""
+    scored = [(meta["val"]["top1"], folder) for folder in checkpoints(run) if (meta := read_meta(folder)).get("val")]
+    return max(scored, key=lambda item: (item[0], item[1].name))[1]
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a user means: a checkpoint folder, or a run folder (its newest whole one)."""
+    if (path / "checkpoints").is_dir():
+        found = newest(path)
+        if found is None:
+            raise UserError(f"{path} has no complete checkpoint yet: train it first")
+        return found
+    if not path.is_dir():
+        raise UserError(f"{path} is not there: it should be a checkpoint folder or a run folder of `dp4tl train`")
+    read_meta(path)
+    if not is_whole(path):
+        raise UserError(f"{path} is damaged (its files differ from its meta.json): use another checkpoint")
+    return path
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'weights.safetensors'} is not readable ({error})") from error
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Optimizer and generator states. `weights_only` keeps torch from running code out of the file."""
+    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def load_into(model: nn.Module, folder: Path) -> None:
+    """Fill `model` with a checkpoint's weights; another architecture or number of classes is a UserError."""
+    weights, own = load_weights(folder), model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        first = (missing or unknown)[0]
+        raise UserError(
+            f"{folder} is of another architecture ({len(missing)} tensors missing, {len(unknown)} unknown: {first}) "
+            "than model.arch: use the one it was trained with"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(weights[name].shape)}, and {list(tensor.shape)} is needed: "
+                "another architecture or number of classes"
+            )
+    model.load_state_dict(weights)
+
+
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a checkpoint (or run folder) holds, on the CPU, and the checkpoint's meta."""
+    folder = resolve(path)
+    meta = read_meta(folder)
+    try:
+        model = build_model(meta["config"]["model"]["arch"], len(meta["classes"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/meta.json lacks {error}: not a checkpoint of a model") from error
+    load_into(model, folder)
+    return model, meta

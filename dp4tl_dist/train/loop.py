@@ -1,0 +1,257 @@
+"""The one training loop: fit(job) -> epoch -> engine.step(batch) -> task(batch)["loss"]."""
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig
+from dp4tl_dist.data.loader import Batch, CentreView, TrainView
+from dp4tl_dist.data.order import epoch_order, rank_batches
+from dp4tl_dist.errors import Stopped, UserError
+from dp4tl_dist.files import make_meta, write_json
+from dp4tl_dist.log import Advance, Metrics, progress, say, truncate_jsonl
+from dp4tl_dist.schedule import learning_rate, resolution
+from dp4tl_dist.train import state as run_state
+from dp4tl_dist.train.engine import DDPEngine
+from dp4tl_dist.train.evaluate import Score, Split, evaluate
+from dp4tl_dist.train.signals import Agreement, StopFlag
+from dp4tl_dist.train.task import Task
+from dp4tl_dist.world import World, all_sum
+
+
+@contextlib.contextmanager
+def leaving(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """End an epoch's threads also where it is left early."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that `fit` needs. `config` and `inputs` are what a resumed run must have in common with its former self."""
+
+    out: Path
+    task: Task
+    train: Split
+    val: Split | None
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    optim: OptimConfig
+    data: DataConfig
+    engine: EngineConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    augment: bool = True
+    """False trains on the centre view (what cached features are made of)."""
+    label: str = "train"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train.kept) // self.optim.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.optim.epochs
+
+    def check(self, num_ranks: int) -> None:
+        """Raise UserError where batch, samples and ranks do not fit together."""
+        batch, samples = self.optim.batch_size, len(self.train.kept)
+        if batch % (num_ranks * self.optim.accumulate):
+            raise UserError(
+                f"train.batch_size {batch} is not divisible by {num_ranks} ranks x {self.optim.accumulate} parts: "
+                "choose a multiple"
+            )
+        if batch > samples:
+            raise UserError(
+                f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one"
+            )
+
+
+@dataclass
+class Progress:
+    """Where a run stands. What is saved, and what resuming restores."""
+
+    step: int = 0
+    seconds: float = 0.0
+    restarts: int = 0
+    val: dict[str, float] | None = None
+    since_log: list[torch.Tensor] = field(default_factory=list)
+
+
+class Fit:
+    """One run of a Job on this rank."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        job.check(world.num_ranks)
+        self.job, self.world = job, world
+        self.engine = DDPEngine(world, job.task, job.optim, job.engine)
+        self.at = Progress()
+        self.started = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint if there is one. Returns the last checkpoint's meta."""
+        job = self.job
+        meta = run_state.resume(self)
+        if self.world.is_main:
+            job.out.mkdir(parents=True, exist_ok=True)
+            write_json(job.out / "config.json", job.config)
+        if self.at.step >= job.num_steps and meta is not None:
+            self._say(f"{job.label}: {job.out} is complete ({job.optim.epochs} epochs)")
+            return meta
+        self.started = time.monotonic() - self.at.seconds
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopFlag())
+            self.agreement = Agreement(self.world, stop, save_every_s=job.checkpoint.every_minutes * 60)
+            self.metrics = stack.enter_context(self._open_metrics()) if self.world.is_main else None
+            advance = stack.enter_context(progress(job.label, shown=self.world.is_main))
+            job.task.module.train()
+            while self.at.step < job.num_steps:
+                meta = self._epoch(advance)
+        assert meta is not None
+        return meta
+
+    def _open_metrics(self) -> Metrics:
+        truncate_jsonl(self.job.out / "order.jsonl", self.at.step)
+        return Metrics(self.job.out, step=self.at.step, tensorboard=self.job.log.tensorboard)
+
+    def _epoch(self, advance: Advance) -> dict[str, Any]:
+        """Train from where the run stands to the end of that epoch; validate and save."""
+        job, at = self.job, self.at
+        epoch = at.step // job.steps_per_epoch
+        side, waited, begun, first = resolution(job.optim, epoch), 0.0, time.monotonic(), at.step
+        with leaving(self._batches(epoch, side)) as batches:
+            while at.step < (epoch + 1) * job.steps_per_epoch:
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                lr = learning_rate(job.optim, at.step / job.steps_per_epoch)
+                at.since_log.append(self.engine.step(batch, lr=lr))
+                at.step += 1
+                self._log_order(batch)
+                stop, save = self.agreement.after_step()
+                end_of_epoch = at.step == (epoch + 1) * job.steps_per_epoch
+                if at.step % job.log.every == 0 or end_of_epoch:
+                    spent = time.monotonic() - begun
+                    rate = (at.step - first) * job.optim.batch_size / spent
+                    loss = self._log_step(epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
+                    advance(
+                        at.step, job.num_steps, epoch=f"{epoch + 1}/{job.optim.epochs}", loss=loss, img_s=round(rate)
+                    )
+                if (stop or save) and not end_of_epoch:
+                    self._save(stopping=stop)
+        self._validate(epoch, loss, rate)
+        return self._save(stopping=self.agreement.settle()[0] and at.step < job.num_steps)
+
+    def _batches(self, epoch: int, side: int) -> Iterator[Batch]:
+        job = self.job
+        order = epoch_order(job.train.kept, job.train.pages, seed=job.seed, epoch=epoch)
+        done = (self.at.step - epoch * job.steps_per_epoch) * job.optim.batch_size
+        mine = rank_batches(
+            order,
+            batch_size=job.optim.batch_size,
+            num_ranks=self.world.num_ranks,
+            rank=self.world.rank,
+            drop_first=done,
+        )
+        view: TrainView | CentreView = CentreView(side, job.optim.val_ratio)
+        if job.augment:
+            view = TrainView(side, seed=job.seed, epoch=epoch, min_scale=job.data.min_scale, flip=job.data.flip)
+        return job.train.source.epoch(list(mine), view)
+
+    def _mean_loss(self) -> float:
+        """The mean loss over the ranks and the steps since the last log line; one that is not finite ends the run."""
+        at, count = self.at, len(self.at.since_log)
+        mine = torch.stack(at.since_log).double().mean().item() if count else 0.0
+        loss = float(all_sum(self.world, np.array([mine]))[0]) / self.world.num_ranks
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.job.label}: the loss became {loss} within steps {at.step - count}..{at.step - 1}: "
+                f"lower train.lr; the last good checkpoint is kept in {self.job.out / 'checkpoints'}"
+            )
+        return loss
+
+    def _log_step(self, epoch: int, *, lr: float, side: int, rate: float, waited: float) -> float:
+        """Write a metrics line and start the next window of losses."""
+        at, loss = self.at, self._mean_loss()
+        at.since_log = []
+        if self.metrics:
+            self.metrics.write(
+                "step", step=at.step, epoch=epoch, loss=loss, lr=lr, resolution=side,
+                images_per_s=round(rate, 1), data_wait=round(waited, 4), num_ranks=self.world.num_ranks,
+            )  # fmt: skip
+        return loss
+
+    def _log_order(self, batch: Batch) -> None:
+        if not self.job.log.order:
+            return
+        mine = batch.identifiers.cpu()
+        parts = [torch.empty_like(mine) for _ in range(self.world.num_ranks)]
+        if self.world.num_ranks > 1:
+            dist.all_gather(parts, mine)
+        else:
+            parts = [mine]
+        if self.world.is_main:
+            with open(self.job.out / "order.jsonl", "a") as handle:
+                handle.write(f'{{"step": {self.at.step}, "identifiers": {torch.cat(parts).tolist()}}}\n')
+
+    def _validate(self, epoch: int, loss: float, rate: float) -> None:
+        job, last = self.job, self.at.step == self.job.num_steps
+        score: Score | None = None
+        if job.val is not None and ((epoch + 1) % job.optim.val_every == 0 or last):
+            view = CentreView(job.optim.val_resolution, job.optim.val_ratio)
+            score = evaluate(job.task, self.engine, self.world, job.val, view)
+        self.at.val = None if score is None else {"top1": score.top1, "top5": score.top5, "loss": score.loss}
+        self.at.seconds = time.monotonic() - self.started
+        values = {f"val_{name}": value for name, value in (self.at.val or {}).items()}
+        if self.metrics:
+            self.metrics.write(
+                "epoch", step=self.at.step, epoch=epoch, loss=loss, seconds=round(self.at.seconds, 3), **values
+            )
+        shown = f"  val top-1 {100 * score.top1:.2f} %" if score else ""
+        self._say(f"{job.label}: epoch {epoch + 1}/{job.optim.epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
+
+    def _save(self, *, stopping: bool) -> dict[str, Any]:
+        """Save where the run stands, on all ranks together; then stop if that was asked."""
+        self._mean_loss()  # weights that a NaN has reached are never saved over good ones
+        self.at.seconds = time.monotonic() - self.started
+        meta = run_state.save(self, must_succeed=stopping or self.at.step == self.job.num_steps)
+        self.agreement.saved_at = time.monotonic()
+        if stopping:
+            raise Stopped(
+                f"stopped at step {self.at.step} with everything saved in {self.job.out}: run it again to continue"
+            )
+        return meta
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says of itself."""
+        job, at = self.job, self.at
+        return {
+            **make_meta("checkpoint", config=job.config, seed=job.seed, inputs=job.inputs),
+            "classes": list(job.classes),
+            "step": at.step,
+            "epoch": at.step // job.steps_per_epoch,
+            "samples_seen": at.step * job.optim.batch_size,
+            "num_samples": len(job.train.kept),
+            "num_ranks": self.world.num_ranks,
+            "restarts": at.restarts,
+            "seconds": round(at.seconds, 3),
+            "val": at.val,
+            "complete": at.step == job.num_steps,
+        }

@@ -1,0 +1,124 @@
+"""Saving and restoring a run, exactly: weights, optimizer, generators, each rank's own batch-norm buffers, position."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.log import warn
+from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train.engine import averaged_buffers
+from dp4tl_dist.world import all_max
+
+if TYPE_CHECKING:
+    from dp4tl_dist.train.loop import Fit
+
+# What may differ between a run and its continuation without changing the result.
+FREE = ("log", "checkpoint", "engine", "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset",
+        "data.val_subset", "model.init", "train.val_every")  # fmt: skip
+
+
+def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
+    """Write a checkpoint from rank 0, with every rank's own state inside. All ranks call it together.
+
+    A full disk does not end a run that can go on: it is warned about, and the last good checkpoint stays.
+    """
+    job, world, meta = fit.job, fit.world, fit.meta()
+    own = own_state(fit)
+    everyone: list[Any] = [own]
+    if world.num_ranks > 1:
+        everyone = [None] * world.num_ranks
+        dist.all_gather_object(everyone, own)
+    failure = ""
+    with averaged_buffers(job.task.module, world):
+        if world.is_main:
+            state = {"optimizer": fit.engine.optimizer.state_dict(), "ranks": everyone}
+            folder = checkpoint.checkpoint_path(job.out, fit.at.step)
+            try:
+                checkpoint.save(folder, weights=job.task.module.state_dict(), state=state, meta=meta)
+                checkpoint.prune_old(job.out, keep=job.checkpoint.keep)
+            except (OSError, RuntimeError, SafetensorError, UserError) as error:
+                failure = f"could not save {folder} ({error})"
+                warn(failure + ": the last good checkpoint stays")
+    failed = bool(all_max(world, np.array([int(bool(failure))]))[0])
+    if failed and must_succeed:
+        raise RuntimeError(failure or "rank 0 could not save the checkpoint")
+    return meta
+
+
+def own_state(fit: "Fit") -> dict[str, Any]:
+    """What this rank alone knows: its generators and its batch-norm buffers before averaging."""
+    buffers = {name: buffer.detach().cpu() for name, buffer in fit.job.task.module.named_buffers()}
+    losses = [loss.item() for loss in fit.at.since_log]
+    own: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "buffers": buffers, "losses": losses}
+    if fit.world.device != "cpu":
+        own["cuda_rng"] = torch.cuda.get_rng_state()
+    return own
+
+
+def resume(fit: "Fit") -> dict[str, Any] | None:
+    """Restore the newest whole checkpoint of the run folder into `fit`; None where there is none."""
+    job, world = fit.job, fit.world
+    # Rank 0 looks and the others follow, so that a slow shared file system cannot split them.
+    found: list[Any] = [checkpoint.newest(job.out) if world.is_main else None]
+    if world.num_ranks > 1:
+        dist.broadcast_object_list(found)
+    folder = found[0]
+    if folder is None:
+        return None
+    meta = checkpoint.read_meta(folder)
+    check_same_run(fit, meta)
+    checkpoint.load_into(job.task.module, folder)
+    state = checkpoint.load_state(folder)
+    fit.engine.optimizer.load_state_dict(state["optimizer"])
+    same = len(state["ranks"]) == world.num_ranks
+    own = state["ranks"][world.rank if same else 0]
+    losses = own["losses"] if same else np.mean([rank["losses"] for rank in state["ranks"]], axis=0)
+    fit.at.since_log = [torch.tensor(float(loss), device=world.device) for loss in losses]
+    if same:
+        named = dict(job.task.module.named_buffers())
+        with torch.no_grad():
+            for name, value in own["buffers"].items():
+                named[name].copy_(value)
+        torch.set_rng_state(own["cpu_rng"])
+        if "cuda_rng" in own and world.device != "cpu":
+            torch.cuda.set_rng_state(own["cuda_rng"])
+    fit.at.step, fit.at.seconds = int(meta["step"]), float(meta["seconds"])
+    fit.at.restarts, fit.at.val = int(meta["restarts"]) + 1, meta["val"]
+    if world.is_main and not meta["complete"]:
+        other = f" (saved by {meta['num_ranks']} ranks)" if meta["num_ranks"] != world.num_ranks else ""
+        warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")
+    return meta
+
+
+def check_same_run(fit: "Fit", meta: dict[str, Any]) -> None:
+    """Refuse to continue a run under another config or on other data, naming what differs."""
+    job = fit.job
+    before, now = flatten(meta["config"]), flatten(job.config)
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(name + ".") for name in FREE)
+        if not free and before.get(key) != now.get(key):
+            raise UserError(
+                f"{job.out} holds a run with {key} = {before.get(key)!r}, and now it is {now.get(key)!r}: "
+                "use another --out, or --force to start afresh"
+            )
+    for name in sorted(meta["inputs"].keys() | job.inputs.keys()):
+        if meta["inputs"].get(name) != job.inputs.get(name):
+            raise UserError(
+                f"{job.out} holds a run on another {name} ({meta['inputs'].get(name)}, now {job.inputs.get(name)}): "
+                "use another --out, or --force to start afresh"
+            )
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,111 @@
+"""`dp4tl train`: from a TrainConfig to a run folder. Surrogate and source model alike."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp4tl_dist.config import TrainConfig
+from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.data.loader import BetonLoader
+from dp4tl_dist.data.subset import load_subset
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import digest_file, folder_lock
+from dp4tl_dist.models import build_model, check_arch
+from dp4tl_dist.train.checkpoint import load_into, resolve
+from dp4tl_dist.train.evaluate import Split
+from dp4tl_dist.train.loop import Fit, Job
+from dp4tl_dist.train.task import Supervised
+from dp4tl_dist.world import World, on_main
+
+
+def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) -> dict[str, Any]:
+    """Train as `config` says, into the run folder `out`; returns the last checkpoint's meta.
+
+    A run that is there already is continued; `force` starts afresh. All ranks call it.
+    """
+    optim = config.train
+    check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
+    train_beton, train_split, inputs = make_split(config, world, part="train")
+    val_split = None
+    if config.data.val:
+        val_beton, val_split, val_inputs = make_split(config, world, part="val")
+        inputs |= val_inputs
+        if val_beton.classes != train_beton.classes:
+            raise UserError(
+                f"{val_beton.path} has other classes than {train_beton.path}: write both from the same ones"
+            )
+    torch.manual_seed(config.seed)
+    model = build_model(config.model.arch, train_beton.num_classes)
+    if config.model.init:
+        folder = resolve(Path(config.model.init))
+        load_into(model, folder)
+        inputs["init"] = digest_file(folder / "meta.json")
+    job = Job(
+        out=out,
+        task=Supervised(model, label_smoothing=optim.label_smoothing),
+        train=train_split,
+        val=val_split,
+        classes=train_beton.classes,
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        seed=config.seed,
+        optim=optim,
+        data=config.data,
+        engine=config.engine,
+        log=config.log,
+        checkpoint=config.checkpoint,
+        label=out.name,
+    )
+    job.check(world.num_ranks)
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(claimed(out, force=force)))
+        fit = Fit(job, world)
+        meta = fit.run()
+    return meta
+
+
+@contextlib.contextmanager
+def claimed(out: Path, *, force: bool) -> Iterator[None]:
+    """Hold a run folder for this process: a run's own (to go on), an empty one, or with `force` any.
+
+    Called once all inputs are known to be good, so that a refused run leaves no folder behind.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out names the run's folder")
+    foreign = [item for item in out.iterdir() if not item.name.startswith(".")] if out.is_dir() else []
+    if foreign and not (out / "checkpoints").is_dir() and not (out / "metrics.jsonl").exists() and not force:
+        raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(out):
+            if force:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+                for name in ("metrics.jsonl", "order.jsonl", "config.json"):
+                    (out / name).unlink(missing_ok=True)
+            yield
+    except OSError as error:
+        raise UserError(f"cannot write in {out} ({error.strerror}): choose another --out") from error
+
+
+def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, Split, dict[str, str]]:
+    """The beton, the split and the input fingerprints of `part`: "train" or "val"."""
+    data = config.data
+    path, subset_path = (data.train, data.subset) if part == "train" else (data.val, data.val_subset)
+    if not path:
+        raise UserError(f"data.{part} is not set: name a beton in the config or with --set data.{part}=FILE.beton")
+    beton = open_beton(Path(path))
+    inputs = {part: beton.fingerprint}
+    kept = np.arange(beton.num_samples)
+    if subset_path:
+        kept = load_subset(Path(subset_path), beton=beton).indices
+        inputs[f"{part}_subset"] = digest_file(Path(subset_path))
+    loader = BetonLoader(
+        beton, device=world.device, num_workers=world.num_workers(data.num_workers), os_cache=data.os_cache
+    )
+    pages = beton.pages[kept] if data.page_aware and part == "train" else None
+    return beton, Split(loader, kept, pages), inputs

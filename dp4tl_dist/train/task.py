@@ -1,0 +1,74 @@
+"""Tasks: what a batch is worth. The loop knows nothing of objectives, and a task knows nothing of ranks."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dp4tl_dist.data.loader import Batch
+from dp4tl_dist.models import head_name, normalise, replace_head
+
+
+class Task(Protocol):
+    """A module and the loss of a batch under it."""
+
+    module: nn.Module
+    """What the checkpoint stores and the engine wraps."""
+    forward: Callable[[Tensor], Tensor]
+    """The module as the engine wrapped it (data parallel, compiled): what the loss must call."""
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """{"loss": scalar mean over the batch, ...}, with gradients."""
+        ...
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (batch, classes) of the unwrapped module, for evaluation."""
+        ...
+
+
+class Supervised:
+    """Cross-entropy on the labels."""
+
+    def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        self.module = module
+        self.forward: Callable[[Tensor], Tensor] = module
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        logits = self.forward(inputs_of(batch))
+        loss = functional.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        return {"loss": loss}
+
+    def predict(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.module(inputs_of(batch))
+        return logits
+
+
+def inputs_of(batch: Batch) -> Tensor:
+    """The network's input: normalised pixels, or cached features (batch, dim) as they are."""
+    return normalise(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+
+
+class LinearProbe(nn.Module):
+    """A frozen backbone and a fresh head: only the head has gradients, and batch norm cannot drift."""
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.head = replace_head(model, num_classes)
+        parent_name, _, leaf = head_name(model).rpartition(".")
+        setattr(model.get_submodule(parent_name), leaf, nn.Identity())
+        self.backbone = model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) -> (batch, classes)"""
+        with torch.no_grad():
+            features = self.backbone(images)
+        logits: Tensor = self.head(features)
+        return logits

@@ -1,0 +1,188 @@
+"""`dp4tl transfer`: what a pretrained model is worth on a target, by linear probe or full finetuning, in the one loop.
+
+The head is fresh, the epoch is chosen on a held-out part of the target's *training* set, and the test set is read once.
+"""
+
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dp4tl_dist.config import CheckpointConfig, DataConfig
+from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.data.loader import BetonLoader, CentreView
+from dp4tl_dist.data.order import inference_batches
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import digest_file, make_meta, write_json
+from dp4tl_dist.log import say
+from dp4tl_dist.models import build_model, head_name, normalise, replace_head
+from dp4tl_dist.recipes import TransferConfig
+from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train.evaluate import Score, Split, evaluate
+from dp4tl_dist.train.loop import Fit, Job
+from dp4tl_dist.train.source import FeatureSource
+from dp4tl_dist.train.task import LinearProbe, Supervised
+from dp4tl_dist.world import World, gather_rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target's betons and how its training set is divided."""
+
+    train: Beton
+    test: Beton
+    fit: NDArray[np.int64]
+    val: NDArray[np.int64]
+
+
+def open_target(train: Path, test: Path, *, val_share: float, seed: int) -> Target:
+    """Open both betons and hold out `val_share` of every class of the training set (at least one sample of each)."""
+    first, second = open_beton(train), open_beton(test)
+    if first.classes != second.classes:
+        raise UserError(f"{test} has other classes than {train}: write both from the same class folders")
+    keys = np.random.Philox(key=[seed, 0x7A]).random_raw(first.num_samples)
+    held = []
+    for label in range(first.num_classes):
+        members = np.flatnonzero(first.labels == label)
+        count = max(1, round(val_share * len(members))) if len(members) > 1 else 0
+        held.append(members[np.argsort(keys[members], kind="stable")[:count]])
+    val = np.sort(np.concatenate(held))
+    if not len(val):
+        raise UserError(f"{train} has no class with two samples: nothing can be held out to choose the epoch")
+    return Target(first, second, np.setdiff1d(np.arange(first.num_samples), val), val)
+
+
+def transfer(
+    config: TransferConfig, *, checkpoint_path: Path, train: Path, test: Path, out: Path, world: World
+) -> dict[str, Any]:
+    """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it."""
+    started = time.monotonic()
+    target = open_target(train, test, val_share=config.val_share, seed=config.seed)
+    folder = checkpoint.resolve(checkpoint_path)
+    meta = checkpoint.read_meta(folder)
+    inputs = {
+        "checkpoint": digest_file(folder / "meta.json"),
+        "train": target.train.fingerprint,
+        "test": target.test.fingerprint,
+    }
+    torch.manual_seed(config.seed)
+    run = out.with_name(out.name + ".run")
+    module, before = build_module(meta["config"]["model"]["arch"], folder, target.train.num_classes, config)
+    job, test_split = make_job(config, module, target, inputs, run, world)
+    job.check(world.num_ranks)
+    fit = Fit(job, world)
+    fit.run()
+    chosen = checkpoint.best(run)
+    checkpoint.load_into(job.task.module, chosen)
+    if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
+        raise RuntimeError("the linear probe changed its backbone: this is a defect of the tool, please report it")
+    view = CentreView(config.train.val_resolution, config.train.val_ratio)
+    score = evaluate(job.task, fit.engine, world, test_split, view)
+    result = summary(config, score, checkpoint.read_meta(chosen), target, inputs)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    if world.is_main:
+        write_json(out, result)
+        shutil.rmtree(run / "checkpoints")
+        say(f"{out.name}: test top-1 {100 * score.top1:.2f} % (epoch {result['epoch']} of {config.train.epochs})")
+    return result
+
+
+def build_module(arch: str, folder: Path, num_classes: int, config: TransferConfig) -> tuple[nn.Module, str]:
+    """The pretrained model with a fresh head (frozen below it for a probe), and its backbone's digest."""
+    model = build_model(arch, len(checkpoint.read_meta(folder)["classes"]))
+    head = head_name(model)
+    weights = checkpoint.load_weights(folder)
+    if model.state_dict().keys() != weights.keys():
+        raise UserError(f"{folder} does not hold a {arch}: its tensors have other names")
+    backbone = {name: value for name, value in weights.items() if not name.startswith(head + ".")}
+    missing, unexpected = model.load_state_dict(backbone, strict=False)
+    if set(missing) != {f"{head}.weight", f"{head}.bias"} or unexpected:
+        raise RuntimeError(f"only the head may be fresh, and {missing} were missing, {unexpected} unexpected")
+    if config.recipe == "lp":
+        probe = LinearProbe(model, num_classes)
+        return probe, backbone_digest(probe.backbone)
+    replace_head(model, num_classes)
+    return model, ""
+
+
+def make_job(
+    config: TransferConfig, module: nn.Module, target: Target, inputs: dict[str, str], run: Path, world: World
+) -> tuple[Job, Split]:
+    """The training job on the target, and the test split. With `cached`, features are the data."""
+    workers = world.num_workers(config.num_workers)
+    loader = BetonLoader(target.train, device=world.device, num_workers=workers)
+    test = Split(BetonLoader(target.test, device=world.device, num_workers=workers), np.arange(target.test.num_samples))
+    job = Job(
+        out=run,
+        task=Supervised(module, label_smoothing=config.train.label_smoothing),
+        train=Split(loader, target.fit),
+        val=Split(loader, target.val),
+        classes=target.train.classes,
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        seed=config.seed,
+        optim=config.train,
+        data=DataConfig(),
+        engine=config.engine,
+        log=config.log,
+        checkpoint=CheckpointConfig(),
+        label=run.name.removesuffix(".json.run"),
+    )
+    if not config.cached:
+        return job, test
+    assert isinstance(module, LinearProbe)
+    view = CentreView(config.train.val_resolution, config.train.val_ratio)
+    everything = Split(loader, np.arange(target.train.num_samples))
+    features = cache_features(module, everything, target.train, view, world)
+    tested = cache_features(module, test, target.test, view, world)
+    # From here on nothing but the head is computed: drop the rest, so that a step costs microseconds.
+    head_only = Supervised(module.head)
+    job = replace(job, task=head_only, train=Split(features, target.fit), val=Split(features, target.val))
+    return job, Split(tested, test.kept)
+
+
+def cache_features(probe: LinearProbe, split: Split, beton: Beton, view: CentreView, world: World) -> FeatureSource:
+    """Features (samples, dim) float32 of the whole beton under `view`, on every rank, in the beton's order."""
+    backbone = probe.backbone.to(world.device).eval()
+    batches = inference_batches(split.kept, batch_size=256, num_ranks=world.num_ranks, rank=world.rank)
+    with torch.inference_mode():
+        rows = [backbone(normalise(batch.images)).float().cpu().numpy() for batch in split.source.epoch(batches, view)]
+    mine = np.concatenate([np.zeros((0, probe.head.in_features), np.float32), *rows])
+    positions = np.concatenate([np.zeros(0, np.int64), *batches])
+    features = torch.from_numpy(gather_rows(world, positions, mine, beton.num_samples))
+    return FeatureSource(features.to(world.device), torch.from_numpy(beton.labels.copy()).to(world.device))
+
+
+def backbone_digest(backbone: nn.Module) -> str:
+    """A digest of every parameter and buffer, bit by bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def summary(
+    config: TransferConfig, score: Score, chosen: dict[str, Any], target: Target, inputs: dict[str, str]
+) -> dict[str, Any]:
+    """The content of the result file."""
+    return {
+        **make_meta("transfer", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs),
+        "mode": "lp" if config.recipe == "lp" else "ff",
+        "cached": config.cached,
+        "top1": score.top1,
+        "top5": score.top5,
+        "loss": score.loss,
+        "val_top1": chosen["val"]["top1"],
+        "epoch": chosen["epoch"],
+        "num_train": len(target.fit),
+        "num_val": len(target.val),
+        "num_test": score.num_samples,
+    }

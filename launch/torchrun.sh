@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# One verb on several ranks of this machine: launch/torchrun.sh [-n NPROC] VERB ARGS...
+# NPROC is "gpu" where there are GPUs (one rank each) and 2 elsewhere, unless given.
+set -euo pipefail
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+python="$root/.venv/bin/python"
+[ -x "$python" ] || python="$(command -v python3)"
+
+num_ranks=
+if [ "${1:-}" = -n ]; then
+    num_ranks="${2:-}"
+    shift $(($# < 2 ? $# : 2))
+    case "$num_ranks" in
+        gpu | cpu | auto | [1-9]*) ;;
+        *)
+            echo "torchrun.sh: -n takes a number of ranks, or gpu" >&2
+            exit 2
+            ;;
+    esac
+fi
+if [ $# = 0 ]; then
+    echo "usage: launch/torchrun.sh [-n NPROC] VERB ARGS...   (the verbs: dp4tl --help)" >&2
+    exit 2
+fi
+if [ -z "$num_ranks" ]; then
+    num_ranks="$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else 2)')"
+fi
+# The ranks share the cores by themselves; torchrun's own default of one thread each would only add a warning.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_ranks" -m dp4tl_dist "$@"
