@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         return fail(EXIT_STOPPED, str(stop), kind="stopped")
     except (RuntimeError, FloatingPointError, OSError) as error:
-        if os.environ.get("DP4TL_TRACEBACK"):
-            traceback.print_exc()
         return fail(EXIT_FAILURE, f"{error or type(error).__name__}")
+    except Exception as error:  # a defect: show where, and still tell whoever started this rank
+        traceback.print_exc()
+        return fail(EXIT_FAILURE, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         return fail(130, "interrupted", kind="stopped")
     return EXIT_DONE

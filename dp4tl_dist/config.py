@@ -133,7 +133,10 @@ class CheckpointConfig(Table):
     """When the run is saved."""
 
     every_minutes: NotNegative = 15.0
-    """Minutes between checkpoints inside an epoch; 0 for none. Each epoch's end is always saved."""
+    """Minutes between checkpoints inside an epoch; 0 for none."""
+    epoch_end_s: NotNegative = 0.0
+    """An epoch's end is saved where this many seconds have passed since the last checkpoint, where validation was never
+    better, and at the run's end. 0 saves each."""
     keep: Count = 2
     """How many of the newest checkpoints stay on disk, beside the best one."""
 
@@ -173,7 +176,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def find_config(name: str) -> Path:
     """The file that `--config` names: a path, or the name of a preset that ships with the package."""
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     preset = PRESETS / f"{name}.toml"
     if not preset.exists():

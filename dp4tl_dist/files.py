@@ -109,6 +109,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, atomically, making the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 

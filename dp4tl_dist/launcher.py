@@ -23,7 +23,6 @@ from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, Stopped, 
 from dp4tl_dist.log import on_terminal, say
 
 ERROR_FILE = "DP4TL_ERROR_FILE"
-NOISE = ("OMP_NUM_THREADS", "*****************************************", "W1", "[W")
 PR_SET_PDEATHSIG = 1
 
 
@@ -53,6 +52,7 @@ class StageProcess:
 
     def __init__(self, argv: Sequence[str], *, nproc: int, log: Path, label: str) -> None:
         self.argv, self.nproc, self.log, self.label = argv, nproc, log, label
+        self.name = log.stem
         self.tail: deque[str] = deque(maxlen=20)
         self.asked_to_stop = False
 
@@ -67,7 +67,7 @@ class StageProcess:
             line = command(self.argv, self.nproc)
             log.write(f"$ {' '.join(line)}\n")
             process = subprocess.Popen(
-                line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
                 text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             with self._forwarding(process):
@@ -82,11 +82,11 @@ class StageProcess:
             return
         message = str(error["message"]) if error else ""
         if self.asked_to_stop or (error and error["code"] == EXIT_STOPPED):
-            raise Stopped(message or f"{self.label}: stopped; run the same command again to continue")
+            raise Stopped(message or f"{self.name}: stopped; run the same command again to continue")
         if error and error["code"] == EXIT_BAD_INPUT:
-            raise UserError(f"{self.label}: {message}")
+            raise UserError(f"{self.name}: {message}")
         last = message or next((line for line in reversed(self.tail) if line.strip()), f"exit code {code}")
-        raise RuntimeError(f"{self.label} failed: {last} (log: {self.log})")
+        raise RuntimeError(f"{self.name} failed: {last} (log: {self.log})")
 
     @contextlib.contextmanager
     def _forwarding(self, process: "subprocess.Popen[str]") -> Iterator[None]:
@@ -107,16 +107,26 @@ class StageProcess:
                 process.kill()
 
     def _follow(self, process: "subprocess.Popen[str]", log: IO[str]) -> None:
-        """Copy the stage's lines to its log, and show them: as one moving line on a terminal, else each."""
-        assert process.stdout is not None
+        """Copy what the stage says to its log. Its lines on stdout, and its warnings, are shown: on a terminal as one
+        moving line, else each. The rest of stderr (launchers are talkative) stays in the log."""
+        assert process.stdout is not None and process.stderr is not None
+        errors = threading.Thread(target=self._follow_errors, args=(process.stderr, log), daemon=True)
         with self._display() as show:
+            errors.start()
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                text = line.rstrip()
-                if text and not text.startswith(NOISE):
-                    self.tail.append(text)
-                    show(text)
+                if line.strip():
+                    show(line.rstrip())
+        errors.join()
+
+    def _follow_errors(self, stream: IO[str], log: IO[str]) -> None:
+        for line in stream:
+            log.write(line)
+            log.flush()
+            self.tail.append(line.rstrip())
+            if line.startswith("warning: "):
+                print(line.rstrip(), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _display(self) -> Iterator[Callable[[str], None]]:

@@ -23,7 +23,7 @@ class Check:
 
 
 def look(about_torch: Mapping[str, Any], *, mend_torch: str) -> list[Check]:
-    """Check the machine; `about_torch` is what torch says of its build and of the GPUs, empty when it does not import."""
+    """Check the machine; `about_torch` is what torch says of its build and the GPUs, empty when it does not import."""
     shm = Path("/dev/shm")
     return [
         _slurm(),

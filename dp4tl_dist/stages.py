@@ -159,11 +159,12 @@ class Graph:
             name: (self._beton(f"{name}-train", target.train), self._beton(f"{name}-test", target.test))
             for name, target in config.targets.items()
         }
-        # Arms come round by seed, so that an interrupted run has whole comparisons to show.
-        for seed in config.seeds:
-            for target in config.targets:
-                for arm in config.arms:
-                    self._trial(arm, target, seed)
+        # Selection first, then arms seed by seed, so that an interrupted run has whole comparisons to show.
+        trials = [(arm, target, seed) for seed in config.seeds for target in config.targets for arm in config.arms]
+        for trial in trials:
+            self._select(*trial)
+        for trial in trials:
+            self._trial(*trial)
 
     def _add(self, stage: Stage) -> Path:
         self.stages.setdefault(stage.name, stage)

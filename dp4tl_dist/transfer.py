@@ -132,7 +132,7 @@ def make_job(
         data=DataConfig(),
         engine=config.engine,
         log=config.log,
-        checkpoint=CheckpointConfig(),
+        checkpoint=CheckpointConfig(epoch_end_s=30),  # epochs can take milliseconds, and a checkpoint cannot
         label=run.name.removesuffix(".json.run"),
     )
     if not config.cached:

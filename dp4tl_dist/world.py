@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.errors import UserError
 
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 Result = TypeVar("Result")

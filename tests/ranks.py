@@ -63,9 +63,7 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(readers))]
 
 
-def _rank(
-    pipe: Connection, path: str, name: str, args: tuple[Any, ...], rank: int, num_ranks: int, port: int
-) -> None:
+def _rank(pipe: Connection, path: str, name: str, args: tuple[Any, ...], rank: int, num_ranks: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

@@ -1,8 +1,13 @@
 """One image of any kind to the JPEG payload of a beton. Runs in worker processes: it imports numpy and Pillow only."""
 
 import io
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +34,19 @@ class Encoded(NamedTuple):
     payload: bytes
     height: int
     width: int
+
+
+def prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def encode_samples(sources: list[Source], *, max_side: int, quality: int) -> list[Encoded | str]:

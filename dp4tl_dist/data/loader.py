@@ -5,7 +5,7 @@ own. The order, the crops, the decoding and the handling of errors are ours.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -83,19 +83,21 @@ class BetonLoader:
         # Threads that live as long as the loader: libffcv keeps a decoder for each thread that it ever saw.
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
         """One Batch for each array of positions, in that order; the arrays may have any lengths.
 
         Raises UserError at once for positions that repeat or are not in the file, and BadSampleError from the step that
         meets a damaged sample. Closing the iterator ends its threads; leaving a `for` early drops and so closes it.
         """
         if not len(batches):
-            return iter(())
+            return self._run([], view)
         positions = check_indices(np.concatenate(batches), self.beton.num_samples, what=str(self.beton.path))
         ends = np.cumsum([len(batch) for batch in batches])
         return self._run(np.split(positions, ends[:-1]), view)
 
-    def _run(self, batches: list[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+    def _run(self, batches: list[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
+        if not batches:
+            return
         steps = Steps(self._plan(max(map(len, batches)), view), batches)
         try:
             for batch, images in zip(batches, steps, strict=True):

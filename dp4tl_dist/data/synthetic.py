@@ -75,12 +75,10 @@ def related_classes() -> NDArray[np.int64]:
 
 
 def draw(kind: Kind, split: Split, label: int, index: int, *, seed: int = 0) -> NDArray[np.uint8]:
-    """Image `index` of a class: uint8 (40, 40, 3), a function of the arguments alone. Raises UserError for unknown ones."""
-    if (kind, split) not in COUNTS:
-        known = ", ".join(" ".join(key) for key in COUNTS)
-        raise UserError(f"the embedded dataset has no part {kind} {split}: choose one of {known}")
+    """Image `index` of a class: uint8 (40, 40, 3), a function of the arguments alone. UserError for wrong ones."""
+    _check_part(kind, split)
     if not 0 <= label < len(RECIPES[kind]) or not 0 <= index < 2**32 or not 0 <= seed < 2**64:
-        raise UserError(f"the embedded {kind} has no label {label}, index {index}, seed {seed}: use smaller, positive ones")
+        raise UserError(f"no {kind} image has label {label}, index {index} and seed {seed}: use smaller, positive ones")
     part = list(COUNTS).index((kind, split))
     return paint(RECIPES[kind][label], Draws((seed, part << 48 | label << 32 | index)))
 
@@ -101,9 +99,17 @@ class Drawing:
 
 def dataset(kind: Kind, split: Split, *, seed: int = 0) -> tuple[list[Sample], list[str]]:
     """All samples of one part, sorted by class and not drawn yet, and the class names: what `write_samples` takes."""
+    _check_part(kind, split)
     classes = source_classes() if kind == "source" else target_classes()
-    count = COUNTS.get((kind, split), 1)  # an unknown part is refused, in words, when it is drawn
     samples = [
-        Sample(Drawing(kind, split, label, index, seed), label) for label in range(len(classes)) for index in range(count)
+        Sample(Drawing(kind, split, label, index, seed), label)
+        for label in range(len(classes))
+        for index in range(COUNTS[kind, split])
     ]
     return samples, classes
+
+
+def _check_part(kind: str, split: str) -> None:
+    if (kind, split) not in COUNTS:
+        known = ", ".join(" ".join(part) for part in COUNTS)
+        raise UserError(f"the embedded dataset has no part {kind} {split}: choose one of {known}")

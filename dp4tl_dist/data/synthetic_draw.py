@@ -7,16 +7,25 @@ build's sine may move a value by one grey level.
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 40
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 _AXIS = np.arange(SIDE, dtype=np.float32) + 0.5
 _TAU = 2 * math.pi
+
+
+class Recipe(NamedTuple):
+    """What a class looks like: keys of SHAPES, TEXTURES and PALETTES."""
+
+    shape: str
+    texture: str
+    palette: str
 
 
 class Draws:
@@ -64,7 +73,6 @@ def _ring(x: Floats, y: Floats) -> Floats:
 def _cross(x: Floats, y: Floats) -> Floats:
     x, y = np.abs(x), np.abs(y)
     return np.minimum(0.33 - np.minimum(x, y), 1 - np.maximum(x, y))
-
 
 
 def _bands(x: Floats, y: Floats) -> Floats:
@@ -177,7 +185,7 @@ def _background(draws: Draws) -> Floats:
     return canvas
 
 
-def _paint_shape(canvas: Floats, recipe: tuple[str, str, str], draws: Draws) -> None:
+def _paint_shape(canvas: Floats, recipe: Recipe, draws: Draws) -> None:
     shape, texture, palette = recipe
     radius = draws.uniform(10, 15) if shape in SCENES else draws.uniform(12, 18)
     x, y = _frame(draws, radius=radius, reach=SIDE / 2 - radius + 2 if shape not in SCENES else 8)
@@ -189,7 +197,7 @@ def _paint_shape(canvas: Floats, recipe: tuple[str, str, str], draws: Draws) -> 
     _blend(canvas, share, first + mix * (second - first))
 
 
-def paint(recipe: tuple[str, str, str], draws: Draws) -> NDArray[np.uint8]:
+def paint(recipe: Recipe, draws: Draws) -> NDArray[np.uint8]:
     """One image (SIDE, SIDE, 3) of (shape, texture, palette): clutter behind it, a bar across it, and sensor noise."""
     canvas = _background(draws)
     _paint_shape(canvas, recipe, draws)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dp4tl_dist.data.beton import BetonWriter
-from dp4tl_dist.data.encode import Encoded, Sample, Source, encode_samples
+from dp4tl_dist.data.encode import Encoded, Sample, Source, encode_samples, prepare_worker
 from dp4tl_dist.data.order import epoch_order
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_output, make_meta
@@ -82,7 +82,6 @@ def write_folder(
 ) -> WriteReport:
     """Write images/<class>/.../<image> to `out`. See `write_samples`; class names are the sorted folder names."""
     options = WriteOptions(max_side, quality, seed, num_workers, skip_bad, force)
-    check_output(out, force=force)
     samples, classes = folder_samples(images)
     return write_samples(samples, classes, out, options=options, origin=str(images), progress=progress)
 
@@ -103,9 +102,9 @@ def write_samples(
     """
     options = options or WriteOptions()
     start = time.monotonic()
-    check_output(out, force=options.force)
     if not samples:
         raise UserError(f"{origin or out}: there are no images to write")
+    check_output(out, force=options.force)
     order = epoch_order(np.arange(len(samples)), seed=options.seed, epoch=WRITE_EPOCH).tolist()
     skipped: list[tuple[str, str]] = []
     with BetonWriter(out, capacity=len(samples)) as writer:
@@ -187,7 +186,7 @@ def _encode_all(sources: Iterator[Source], options: WriteOptions) -> Generator[E
         else:
             return
     # "spawn": a fork of a process with threads (torch, gloo) may deadlock.
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=prepare_worker) as pool:
         waiting: deque[Future[list[Encoded | str]]] = deque()
         try:
             for chunk in chunks:

@@ -42,7 +42,7 @@ def stream(
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """One (batch, logits float32 (n, classes), features float32 (n, dim)) for each array of positions, in order."""
     surrogate.model.eval()
-    with contextlib.closing(loader.epoch(batches, surrogate.view)) as epoch:  # type: ignore[type-var]
+    with contextlib.closing(loader.epoch(batches, surrogate.view)) as epoch:
         for batch in epoch:
             with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=surrogate.bf16):
                 logits, features = logits_and_features(surrogate.model, normalise(batch.images))

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,9 @@ from dp4tl_dist.train.engine import DDPEngine
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.signals import Agreement, StopFlag
 from dp4tl_dist.train.task import Task
-from dp4tl_dist.world import World, all_sum
+from dp4tl_dist.world import World, all_max, all_sum
 
-
-@contextlib.contextmanager
-def leaving(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """End an epoch's threads also where it is left early."""
-    try:
-        yield batches
-    finally:
-        if isinstance(batches, Generator):
-            batches.close()
+EPOCH_LINE_EVERY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +80,8 @@ class Progress:
     seconds: float = 0.0
     restarts: int = 0
     val: dict[str, float] | None = None
+    best: float = -1.0
+    """Best validation accuracy so far."""
     since_log: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -100,6 +94,7 @@ class Fit:
         self.engine = DDPEngine(world, job.task, job.optim, job.engine)
         self.at = Progress()
         self.started = time.monotonic()
+        self.said_at = -EPOCH_LINE_EVERY_S
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last checkpoint's meta."""
@@ -127,12 +122,12 @@ class Fit:
         truncate_jsonl(self.job.out / "order.jsonl", self.at.step)
         return Metrics(self.job.out, step=self.at.step, tensorboard=self.job.log.tensorboard)
 
-    def _epoch(self, advance: Advance) -> dict[str, Any]:
-        """Train from where the run stands to the end of that epoch; validate and save."""
+    def _epoch(self, advance: Advance) -> dict[str, Any] | None:
+        """Train from where the run stands to the end of that epoch; validate and save. Returns the meta that was saved."""
         job, at = self.job, self.at
         epoch = at.step // job.steps_per_epoch
         side, waited, begun, first = resolution(job.optim, epoch), 0.0, time.monotonic(), at.step
-        with leaving(self._batches(epoch, side)) as batches:
+        with contextlib.closing(self._batches(epoch, side)) as batches:
             while at.step < (epoch + 1) * job.steps_per_epoch:
                 asked = time.monotonic()
                 batch = next(batches)
@@ -152,10 +147,20 @@ class Fit:
                     )
                 if (stop or save) and not end_of_epoch:
                     self._save(stopping=stop)
-        self._validate(epoch, loss, rate)
-        return self._save(stopping=self.agreement.settle()[0] and at.step < job.num_steps)
+        better = self._validate(epoch, loss, rate)
+        stopping = self.agreement.settle()[0] and at.step < job.num_steps
+        if stopping or better or at.step == job.num_steps or self._due():
+            return self._save(stopping=stopping)
+        return None
 
-    def _batches(self, epoch: int, side: int) -> Iterator[Batch]:
+    def _due(self) -> bool:
+        """Whether an epoch's end is saved for its own sake; rank 0's clock decides."""
+        waited = time.monotonic() - self.agreement.saved_at
+        return bool(
+            all_max(self.world, np.array([int(self.world.is_main and waited >= self.job.checkpoint.epoch_end_s)]))[0]
+        )
+
+    def _batches(self, epoch: int, side: int) -> Generator[Batch, None, None]:
         job = self.job
         order = epoch_order(job.train.kept, job.train.pages, seed=job.seed, epoch=epoch)
         done = (self.at.step - epoch * job.steps_per_epoch) * job.optim.batch_size
@@ -207,7 +212,8 @@ class Fit:
             with open(self.job.out / "order.jsonl", "a") as handle:
                 handle.write(f'{{"step": {self.at.step}, "identifiers": {torch.cat(parts).tolist()}}}\n')
 
-    def _validate(self, epoch: int, loss: float, rate: float) -> None:
+    def _validate(self, epoch: int, loss: float, rate: float) -> bool:
+        """Validate where it is due, write the epoch's line, and tell whether the model was never better."""
         job, last = self.job, self.at.step == self.job.num_steps
         score: Score | None = None
         if job.val is not None and ((epoch + 1) % job.optim.val_every == 0 or last):
@@ -221,7 +227,12 @@ class Fit:
                 "epoch", step=self.at.step, epoch=epoch, loss=loss, seconds=round(self.at.seconds, 3), **values
             )
         shown = f"  val top-1 {100 * score.top1:.2f} %" if score else ""
-        self._say(f"{job.label}: epoch {epoch + 1}/{job.optim.epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
+        if last or time.monotonic() - self.said_at >= EPOCH_LINE_EVERY_S:
+            self.said_at = time.monotonic()
+            self._say(f"{job.label}: epoch {epoch + 1}/{job.optim.epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
+        better = score is not None and score.top1 > self.at.best
+        self.at.best = max(self.at.best, score.top1 if score else 0.0)
+        return better
 
     def _save(self, *, stopping: bool) -> dict[str, Any]:
         """Save where the run stands, on all ranks together; then stop if that was asked."""
@@ -253,5 +264,6 @@ class Fit:
             "restarts": at.restarts,
             "seconds": round(at.seconds, 3),
             "val": at.val,
+            "best": at.best,
             "complete": at.step == job.num_steps,
         }

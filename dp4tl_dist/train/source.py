@@ -1,6 +1,6 @@
 """Where the loop draws its batches from: a beton, or features that are already in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from dp4tl_dist.data.loader import Batch, CentreView, TrainView
 class Source(Protocol):
     """`dp4tl_dist.data.loader.BetonLoader` is one."""
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
         """One Batch for each array of positions, in that order."""
         ...
 
@@ -25,7 +25,7 @@ class FeatureSource:
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = features, labels
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Iterator[Batch]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
         """Views make no difference: the features are those of one view."""
         for positions in batches:
             index = torch.from_numpy(np.ascontiguousarray(positions)).to(self.features.device)

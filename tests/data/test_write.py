@@ -3,6 +3,9 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +14,6 @@ import pytest
 from PIL import Image
 
 from dp4tl_dist.data.beton import open_beton, sidecar
-from dp4tl_dist.data.encode import encode, encode_samples, to_rgb
 from dp4tl_dist.data.write import Sample, WriteOptions, folder_samples, write_folder, write_samples
 from dp4tl_dist.errors import UserError
 
@@ -82,102 +84,6 @@ def test_pixels_and_callables_are_samples_too(tmp_path):
         write_samples([Sample(np.zeros((4, 4, 3)), 0)], ["a"], tmp_path / "y")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no images"):
         write_samples([], ["a"], tmp_path / "y")
-
-
-# ---------------------------------------------------------------- one image
-
-
-@pytest.mark.parametrize(
-    ("size", "max_side", "stored"),
-    [
-        ((60, 40), 400, (60, 40)),
-        ((60, 40), 30, (30, 20)),
-        ((40, 60), 30, (20, 30)),
-        ((999, 500), 100, (100, 50)),
-        ((600, 1), 100, (100, 1)),
-        ((600, 40), 0, (600, 40)),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_sides(tmp_path, size, max_side, stored, suffix):
-    path = tmp_path / f"x.{suffix}"
-    Image.fromarray(picture(size[1], size[0])).save(path)
-    (result,) = encode_samples([path], max_side=max_side, quality=90)
-    assert (result.width, result.height) == stored == Image.open(io.BytesIO(result.payload)).size
-
-
-def in_mode(mode):
-    image = Image.fromarray(picture())
-    if mode == "I;16":
-        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    if mode == "I":
-        return Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * 257)
-    return image.convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [("L", "png"), ("L", "jpg"), ("1", "png"), ("P", "png"), ("P", "gif"), ("LA", "png"), ("RGBA", "png")]
-    + [
-        ("CMYK", "jpg"),
-        ("CMYK", "tif"),
-        ("I;16", "png"),
-        ("I;16", "tif"),
-        ("I", "tif"),
-        ("RGB", "webp"),
-        ("RGB", "bmp"),
-    ],
-)
-def test_every_mode_becomes_rgb_of_the_same_look(tmp_path, mode, suffix):
-    path = tmp_path / f"x.{suffix}"
-    image = in_mode(mode)
-    image.save(path)
-    (result,) = encode_samples([path], max_side=0, quality=95)
-    stored = Image.open(io.BytesIO(result.payload))
-    assert stored.mode == "RGB" and stored.size == image.size
-    grey = np.asarray(Image.fromarray(picture()).convert("L")).astype(int)
-    tolerance = 130 if mode == "1" else 25
-    assert np.abs(np.asarray(stored.convert("L")).astype(int) - grey).mean() < tolerance
-    if mode in ("L", "I;16", "I"):
-        assert np.abs(np.asarray(stored.convert("L")).astype(int) - grey).mean() < 4
-
-
-def test_palette_with_transparency_keeps_its_colours():
-    image = Image.fromarray(picture()).quantize(8)
-    image.info["transparency"] = bytes([0, 128, 255])
-    assert to_rgb(image).mode == "RGB"
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("max_side", [0, 30])
-def test_exif_orientation_is_applied(tmp_path, orientation, max_side):
-    upright = Image.fromarray(
-        np.repeat(np.repeat([[[250, 0, 0], [0, 0, 250]], [[0, 250, 0], [0, 0, 0]]], 24, 0), 32, 1).astype(np.uint8)
-    )
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }  # fmt: skip
-    laid = upright.transpose(undo[orientation]) if orientation in undo else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    laid.save(tmp_path / "x.jpg", exif=exif, quality=95)
-    (result,) = encode_samples([tmp_path / "x.jpg"], max_side=max_side, quality=95)
-    stored = Image.open(io.BytesIO(result.payload))
-    assert stored.width > stored.height
-    corners = np.asarray(stored)[[2, 2, -3, -3], [2, -3, 2, -3]].astype(int)
-    assert np.abs(corners - [[250, 0, 0], [0, 0, 250], [0, 250, 0], [0, 0, 0]]).max() < 40
-
-
-def test_shrinking_a_large_jpeg_by_way_of_draft_keeps_the_look(tmp_path):
-    # Smooth content: the fast path decodes at a fraction of the size, and must still give the same picture.
-    big = Image.fromarray(picture(32, 48)).resize((1600, 1200), Image.Resampling.BICUBIC)
-    big.save(tmp_path / "x.jpg", quality=95)
-    fast = encode(Image.open(tmp_path / "x.jpg"), max_side=100, quality=95)
-    exact = np.asarray(big.resize((100, 75), Image.Resampling.LANCZOS)).astype(int)
-    assert (fast.width, fast.height) == (100, 75)
-    assert np.abs(np.asarray(Image.open(io.BytesIO(fast.payload))).astype(int) - exact).mean() < 4
 
 
 # ---------------------------------------------------------------- bad images
@@ -282,6 +188,48 @@ def test_a_full_disk_leaves_nothing(tmp_path, folder, monkeypatch):
 
 def die(number):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_long(note):
+    note.write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = (
+        "import sys; from functools import partial; from pathlib import Path\n"
+        "from dp4tl_dist.data.write import Sample, WriteOptions, write_samples\n"
+        "from test_write import wait_long\n"
+        "if __name__ == '__main__':\n"
+        "    samples = [Sample(partial(wait_long, Path(sys.argv[1]) / 'pid'), 0)]\n"
+        "    write_samples(samples, ['a'], Path(sys.argv[1]) / 'x', options=WriteOptions(num_workers=2))\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py"), str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}
+    )
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(int(pid.read_text())))
+
+
+def alive(pid):
+    """Whether the process runs; one that nobody has waited for yet has ended too."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_dead_worker_fails_the_write_and_leaves_nothing(tmp_path):

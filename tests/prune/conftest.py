@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from dp4tl_dist.data.beton import RAW, Beton, BetonWriter, open_beton
 from dp4tl_dist.files import make_meta
-from dp4tl_dist.models import build_model
+from dp4tl_dist.models import build_model, logits_and_features, normalise
 from dp4tl_dist.train import checkpoint
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 SIDE = 40
 MakeBeton = Callable[..., Beton]
@@ -37,15 +41,24 @@ def make_beton(tmp_path_factory: pytest.TempPathFactory) -> MakeBeton:
 
 @pytest.fixture(scope="session")
 def make_surrogate(tmp_path_factory: pytest.TempPathFactory) -> MakeSurrogate:
-    """make_surrogate(beton, spoil=False): a checkpoint that claims to be trained on `beton`; `spoil` puts a NaN in it."""
+    """make_surrogate(beton, spoil=False): a checkpoint as if trained on `beton`; `spoil` puts a NaN in it."""
 
     def make(beton: Beton, *, spoil: bool = False) -> Path:
         torch.manual_seed(1)
         model = build_model("resnet_tiny", beton.num_classes)
+        images = torch.from_numpy(np.stack([np.frombuffer(beton.payload(i), np.uint8) for i in range(16)]))
+        images = images.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
         with torch.no_grad():
-            model.fc.weight *= 10  # type: ignore[operator]
+            # Statistics of these images and a centred head spread the predictions over the classes.
+            for _ in range(50):
+                model(normalise(images))
+            _, features = logits_and_features(model.eval(), normalise(images))
+            head = model.get_submodule("fc")
+            assert isinstance(head, torch.nn.Linear)
+            head.weight *= 10
+            head.bias -= head(features).mean(dim=0)
             if spoil:
-                model.fc.bias[0] = torch.nan  # type: ignore[index]
+                head.bias[0] = torch.nan
         folder = tmp_path_factory.mktemp("surrogate") / "step_000000001"
         config = {"model": {"arch": "resnet_tiny"}, "train": {"val_resolution": 32, "val_ratio": 0.875}}
         meta = make_meta("checkpoint", config=config, inputs={"train": beton.fingerprint})

@@ -162,7 +162,9 @@ class TestList:
             self.read(tmp_path, "tench\ngoldfisch\n")
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize(("text", "says"), [("", "lists no class"), ("# x\n", "lists no class"), ("6\n", "past the")])
+    @pytest.mark.parametrize(
+        ("text", "says"), [("", "lists no class"), ("# x\n", "lists no class"), ("6\n", "past the")]
+    )
     def test_bad_lists(self, tmp_path: Path, text: str, says: str) -> None:
         with pytest.raises(UserError, match=says):
             self.read(tmp_path, text)

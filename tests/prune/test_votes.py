@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from ranks import run_ranks
 
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.prune import votes
 from dp4tl_dist.world import World
-from ranks import run_ranks
 
 CUTS = [[97], [1, 96], [40, 30, 27], [1] * 97, [96, 0, 1]]
 
@@ -24,7 +24,9 @@ def lm_oracle(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[n
     return found, mass
 
 
-def fm_oracle(features: NDArray[np.float32], centres: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def fm_oracle(
+    features: NDArray[np.float32], centres: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     found, affinity = np.zeros(len(centres), np.int64), np.zeros(len(centres))
     for row in features.astype(np.float64):
         distances = [math.dist(row, centre) if not np.isnan(centre).any() else math.inf for centre in centres]
@@ -45,7 +47,7 @@ def wrong_slot(features: NDArray[np.float32], centres: NDArray[np.float64]) -> N
 
 
 def data(kind: str, *, n: int = 97, groups: int = 13, dim: int = 24) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Rows float32 (n, dim) and centres float64 (groups, dim). "ties": small integers, equal centres, an empty group."""
+    """Rows float32 (n, dim), centres float64 (groups, dim). "ties": small integers, equal centres, an empty group."""
     rng = np.random.default_rng(4)
     if kind == "ties":
         rows = rng.integers(0, 2, (n, dim)).astype(np.float32)
@@ -157,7 +159,7 @@ def test_what_cannot_be_summed_is_refused(value: float) -> None:
 
 
 def test_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(UserError, match="24 outputs.*13 classes"):
+    with pytest.raises(UserError, match=r"24 outputs.*13 classes"):
         votes.lm_votes(torch.zeros(2, 24), num_groups=13)
 
 

@@ -1,0 +1,39 @@
+"""Fixtures and rules for all tests: a GPU test skips where there is no GPU, and no launcher's environment leaks in."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_gpu():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("cluster") and not shutil.which("slurmctld"):
+            item.add_marker(pytest.mark.skip(reason="needs slurmctld and slurmd"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests start as single processes, also inside a SLURM job or under torchrun."""
+    for name in [name for name in os.environ if name in LAUNCHERS or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).parents[1]
