@@ -14,7 +14,8 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, folder_lock, read_json, write_json
 from dp4tl_dist.launcher import StageProcess
 from dp4tl_dist.log import say
-from dp4tl_dist.stages import Graph, RunConfig, Stage
+from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.stages import Graph, Stage
 from dp4tl_dist.table import collect, write_table
 
 

@@ -26,7 +26,8 @@ from dp4tl_dist.models import build_model, head_name, normalise, replace_head
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
-from dp4tl_dist.train.loop import Fit, Job
+from dp4tl_dist.train.job import Job
+from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.source import FeatureSource
 from dp4tl_dist.train.task import LinearProbe, Supervised
 from dp4tl_dist.world import World, gather_rows

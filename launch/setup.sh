@@ -34,7 +34,11 @@ run() {
 beat() {
     # Not holding the pipes of the caller, who would wait for this sleep's end otherwise.
     while sleep 15 >/dev/null 2>&1 9>&-; do
-        say "  ... $(du -shc "$venv" "$scratch" 2>/dev/null | tail -n 1 | cut -f 1) so far"
+        if [ -d "$venv" ]; then
+            say "  ... $(du -shc "$venv" "$scratch" 2>/dev/null | tail -n 1 | cut -f 1) so far"
+        else
+            say "  ... still at it"
+        fi
     done
 }
 stop_beat() {
@@ -109,7 +113,9 @@ look() {
 # packages apt|dnf|conda: what the missing parts are called there.
 packages() {
     local part of=python3 names=()
-    case "${python:-}" in /usr/bin/*) of="python$(version_of "$python")" ;; esac
+    if [[ "$python" == /usr/bin/* && "$(version_of "$python")" != "$(version_of /usr/bin/python3)" ]]; then
+        of="python$(version_of "$python")"
+    fi
     for part in "${missing[@]}"; do
         case "$1-$part" in
             apt-python) names+=(python3 python3-venv python3-dev) ;;
@@ -242,7 +248,7 @@ if is_ready; then
     say "ready: $venv"
     exit 0
 fi
-mkdir -p "$scratch"
+mkdir -p "$scratch" 2>/dev/null || die "cannot write in $root: make it yours, or clone into a folder that is" 2
 : >"$log"
 install_system_packages
 make_venv

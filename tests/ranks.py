@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# A server process imports torch once; forking a rank from it costs milliseconds and is safe, as it has no threads.
+# A server process does the slow imports once; forking a rank from it takes milliseconds, and is safe as they start no
+# threads.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "dp4tl_dist.world"])
+CONTEXT.set_forkserver_preload(["torchvision", "dp4tl_dist.prune.surrogate", "dp4tl_dist.train.checkpoint"])
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:

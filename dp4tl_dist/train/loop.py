@@ -5,71 +5,26 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig
 from dp4tl_dist.data.loader import Batch, CentreView, TrainView
 from dp4tl_dist.data.order import epoch_order, rank_batches
-from dp4tl_dist.errors import Stopped, UserError
+from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say, truncate_jsonl
 from dp4tl_dist.schedule import learning_rate, resolution
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import DDPEngine
-from dp4tl_dist.train.evaluate import Score, Split, evaluate
+from dp4tl_dist.train.evaluate import Score, evaluate
+from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.signals import Agreement, StopFlag
-from dp4tl_dist.train.task import Task
 from dp4tl_dist.world import World, all_max, all_sum
 
 EPOCH_LINE_EVERY_S = 3.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that `fit` needs. `config` and `inputs` are what a resumed run must have in common with its former self."""
-
-    out: Path
-    task: Task
-    train: Split
-    val: Split | None
-    classes: tuple[str, ...]
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    seed: int
-    optim: OptimConfig
-    data: DataConfig
-    engine: EngineConfig
-    log: LogConfig
-    checkpoint: CheckpointConfig
-    augment: bool = True
-    """False trains on the centre view (what cached features are made of)."""
-    label: str = "train"
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train.kept) // self.optim.batch_size
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps_per_epoch * self.optim.epochs
-
-    def check(self, num_ranks: int) -> None:
-        """Raise UserError where batch, samples and ranks do not fit together."""
-        batch, samples = self.optim.batch_size, len(self.train.kept)
-        if batch % (num_ranks * self.optim.accumulate):
-            raise UserError(
-                f"train.batch_size {batch} is not divisible by {num_ranks} ranks x {self.optim.accumulate} parts: "
-                "choose a multiple"
-            )
-        if batch > samples:
-            raise UserError(
-                f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one"
-            )
 
 
 @dataclass
@@ -123,7 +78,7 @@ class Fit:
         return Metrics(self.job.out, step=self.at.step, tensorboard=self.job.log.tensorboard)
 
     def _epoch(self, advance: Advance) -> dict[str, Any] | None:
-        """Train from where the run stands to the end of that epoch; validate and save. Returns the meta that was saved."""
+        """Train to the end of the epoch that the run stands in; validate and save. Returns the meta, where saved."""
         job, at = self.job, self.at
         epoch = at.step // job.steps_per_epoch
         side, waited, begun, first = resolution(job.optim, epoch), 0.0, time.monotonic(), at.step

@@ -18,7 +18,8 @@ from dp4tl_dist.files import digest_file, folder_lock
 from dp4tl_dist.models import build_model, check_arch
 from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.evaluate import Split
-from dp4tl_dist.train.loop import Fit, Job
+from dp4tl_dist.train.job import Job
+from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.task import Supervised
 from dp4tl_dist.world import World, on_main
 

@@ -1,0 +1,36 @@
+"""What the verbs of `dp4tl` share in their options."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dp4tl_dist.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with usage errors as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see `{self.prog} --help`")
+
+
+Verbs = Any
+
+
+def add_verb(verbs: Verbs, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+    parser: Parser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_out(parser: Parser, what: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, help=what)
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def add_config(parser: Parser, *, required: bool) -> None:
+    parser.add_argument("--config", required=required, help="a .toml file, or the name of a preset")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="table.key=value", help="override one key; may be repeated"
+    )

@@ -1,0 +1,53 @@
+"""What a training run is given: the objective, the samples, the recipe, and where its results go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.train.evaluate import Split
+from dp4tl_dist.train.task import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that `fit` needs. `config` and `inputs` are what a resumed run must have in common with its former self."""
+
+    out: Path
+    task: Task
+    train: Split
+    val: Split | None
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    optim: OptimConfig
+    data: DataConfig
+    engine: EngineConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    augment: bool = True
+    """False trains on the centre view (what cached features are made of)."""
+    label: str = "train"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train.kept) // self.optim.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.optim.epochs
+
+    def check(self, num_ranks: int) -> None:
+        """Raise UserError where batch, samples and ranks do not fit together."""
+        batch, samples = self.optim.batch_size, len(self.train.kept)
+        if batch % (num_ranks * self.optim.accumulate):
+            raise UserError(
+                f"train.batch_size {batch} is not divisible by {num_ranks} ranks x {self.optim.accumulate} parts: "
+                "choose a multiple"
+            )
+        if batch > samples:
+            raise UserError(
+                f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one"
+            )

@@ -1,0 +1,80 @@
+"""The verbs that train: train, transfer, run. What a verb needs is imported only when that verb runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+from dp4tl_dist.arguments import Verbs, add_config, add_out, add_verb
+
+
+def train(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "train", run_train, "Train a surrogate or a source model; continues a run that was cut off."
+    )
+    add_config(parser, required=True)
+    parser.add_argument("--subset", type=Path, help="train on these samples of data.train only")
+    parser.add_argument("--val-subset", type=Path, help="validate on these samples of data.val only")
+    add_out(parser, "the run folder")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from dp4tl_dist.config import TrainConfig, load_config
+
+    paths = {"subset": args.subset, "val_subset": args.val_subset}
+    given = [f"data.{key}={json.dumps(str(path), ensure_ascii=False)}" for key, path in paths.items() if path]
+    config = load_config(TrainConfig, args.config, [*args.set, *given])
+
+    from dp4tl_dist.train.supervised import train
+    from dp4tl_dist.world import joined
+
+    with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
+        train(config, out=args.out, world=world, force=args.force)
+
+
+def transfer(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "transfer", run_transfer, "Measure a checkpoint on a target: linear probe (lp) or full finetuning (ff)."
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder or a run folder")
+    parser.add_argument("--train", type=Path, required=True, help="the target's training beton")
+    parser.add_argument("--test", type=Path, required=True, help="the target's test beton: read once, at the end")
+    parser.add_argument("--mode", choices=("lp", "ff"), required=True)
+    parser.add_argument(
+        "--cached", action="store_true", help="lp on features computed once: seconds instead of minutes"
+    )
+    add_config(parser, required=False)
+    add_out(parser, "the result, a .json file")
+
+
+def run_transfer(args: argparse.Namespace) -> None:
+    from dp4tl_dist.config import apply_overrides, find_config, read_toml, validate
+    from dp4tl_dist.files import check_output
+    from dp4tl_dist.recipes import TransferConfig, recipe
+
+    content = read_toml(find_config(args.config)) if args.config else {}
+    content = apply_overrides(content, [*args.set, *(["cached=true"] if args.cached else [])])
+    config = validate(TransferConfig, recipe(args.mode, content), source=args.config or "--set")
+    check_output(args.out, force=args.force)
+
+    from dp4tl_dist.transfer import transfer
+    from dp4tl_dist.world import joined
+
+    with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
+        transfer(config, checkpoint_path=args.checkpoint, train=args.train, test=args.test, out=args.out, world=world)
+
+
+def run(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "run", run_run, "Do all stages from one config; what is done and unchanged is skipped.")
+    add_config(parser, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--nproc", type=int, help="ranks of each training, voting and transfer stage")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would run")
+
+
+def run_run(args: argparse.Namespace) -> None:
+    from dp4tl_dist.config import load_config
+    from dp4tl_dist.pipeline import run
+    from dp4tl_dist.run_config import RunConfig
+
+    nproc = [f"nproc={args.nproc}"] if args.nproc is not None else []
+    run(load_config(RunConfig, args.config, [*args.set, *nproc]), out=args.out, dry_run=args.dry_run)
