@@ -21,12 +21,10 @@ class TinyResNet(nn.Module):
         from torchvision.models.resnet import BasicBlock
 
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, stride=1, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(inplace=True),
+            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
         )
-        blocks = []
-        for before, width in zip((widths[0], *widths), widths, strict=False):
+        blocks = [BasicBlock(widths[0], widths[0])]
+        for before, width in zip(widths, widths[1:], strict=False):
             shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
             blocks.append(BasicBlock(before, width, stride=2, downsample=shortcut))
         self.blocks = nn.Sequential(*blocks)

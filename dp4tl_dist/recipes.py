@@ -1,6 +1,8 @@
 """The published transfer recipes, and the config that a transfer run is validated from."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dp4tl_dist.config import Count, EngineConfig, LogConfig, OptimConfig, Share, Table
 from dp4tl_dist.errors import UserError
@@ -22,7 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TransferConfig(Table):
     """One transfer run. Every value not given is the published recipe's of its mode."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     recipe: Literal["lp", "ff", "ff-sgd"] = "lp"
     val_share: Share = 0.1
     """Share of the target's training set that chooses the epoch, drawn class by class."""
@@ -37,8 +39,10 @@ class TransferConfig(Table):
 def recipe(mode: Mode, content: dict[str, Any]) -> dict[str, Any]:
     """`content` on top of the published recipe: what `TransferConfig` is validated from."""
     name = content.get("recipe", mode)
-    if name not in RECIPES or not str(name).startswith(mode):
+    if str(name) not in RECIPES or not str(name).startswith(mode):
         raise UserError(f"recipe {name!r} does not fit --mode {mode}: use one of {', '.join(RECIPES)}")
     if content.get("cached") and mode != "lp":
         raise UserError("--cached works with --mode lp only: full finetuning changes the features")
-    return {**content, "recipe": name, "train": {**RECIPES[str(name)], **content.get("train", {})}}
+    given = content.get("train", {})
+    # What is no table is left for the validation to refuse.
+    return {**content, "recipe": name, "train": {**RECIPES[str(name)], **given} if isinstance(given, dict) else given}

@@ -109,6 +109,19 @@ def test_equal_centres_are_equally_near(dim: int) -> None:
     assert votes.exact_distances(rows, rows[4:5])[4, 0] == 0
 
 
+def test_fm_ties_and_splits_at_full_size() -> None:
+    """Each centre stands three times, far apart: a rounded matrix product would tell the copies apart."""
+    features = torch.from_numpy(data("smooth", dim=512)[0])
+    centres = torch.from_numpy(data("smooth", groups=111, dim=512)[1]).repeat(3, 1)
+    whole = votes.fm_tally(features, centres)
+    assert whole.predictions.max() < 111
+    first, *copies = whole.affinity.view(3, 111)
+    assert all(torch.equal(first, copy) for copy in copies)
+    parts = [votes.fm_tally(part, centres) for part in features.split([1, 1, 50, 45])]
+    assert torch.equal(whole.affinity, sum(part.affinity for part in parts))  # type: ignore[arg-type]
+    assert torch.equal(whole.predictions, torch.cat([part.predictions for part in parts]))
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_distances_keep_their_precision(scale: float) -> None:
     rows, centres = data("smooth")
