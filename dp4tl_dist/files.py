@@ -71,7 +71,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise
         raise UserError(f"cannot write {path} ({error.strerror}): free some space or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only file system even removing what is not there is an error
+            temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 The head is fresh, the epoch is chosen on a held-out part of the target's *training* set, and the test set is read once.
 """
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -29,8 +30,9 @@ from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.source import FeatureSource
+from dp4tl_dist.train.supervised import claimed
 from dp4tl_dist.train.task import LinearProbe, Supervised
-from dp4tl_dist.world import World, gather_rows
+from dp4tl_dist.world import World, gather_rows, on_main
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,19 @@ def open_target(train: Path, test: Path, *, val_share: float, seed: int) -> Targ
 
 
 def transfer(
-    config: TransferConfig, *, checkpoint_path: Path, train: Path, test: Path, out: Path, world: World
+    config: TransferConfig,
+    *,
+    checkpoint_path: Path,
+    train: Path,
+    test: Path,
+    out: Path,
+    world: World,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it."""
+    """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it.
+
+    One that was cut off is continued; `force` starts afresh. All ranks call it.
+    """
     started = time.monotonic()
     target = open_target(train, test, val_share=config.val_share, seed=config.seed)
     folder = checkpoint.resolve(checkpoint_path)
@@ -78,8 +90,10 @@ def transfer(
     module, before = build_module(meta["config"]["model"]["arch"], folder, target.train.num_classes, config)
     job, test_split = make_job(config, module, target, inputs, run, world)
     job.check(world.num_ranks)
-    fit = Fit(job, world)
-    fit.run()
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(claimed(run, force=force)))
+        fit = Fit(job, world)
+        fit.run()
     chosen = checkpoint.best(run)
     checkpoint.load_into(job.task.module, chosen)
     if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
@@ -144,7 +158,7 @@ def make_job(
     features = cache_features(module, everything, target.train, view, world)
     tested = cache_features(module, test, target.test, view, world)
     # From here on nothing but the head is computed: drop the rest, so that a step costs microseconds.
-    head_only = Supervised(module.head)
+    head_only = Supervised(module.head, label_smoothing=config.train.label_smoothing)
     job = replace(job, task=head_only, train=Split(features, target.fit), val=Split(features, target.val))
     return job, Split(tested, test.kept)
 

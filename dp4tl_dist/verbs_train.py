@@ -60,7 +60,8 @@ def run_transfer(args: argparse.Namespace) -> None:
     from dp4tl_dist.world import joined
 
     with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
-        transfer(config, checkpoint_path=args.checkpoint, train=args.train, test=args.test, out=args.out, world=world)
+        transfer(config, checkpoint_path=args.checkpoint, train=args.train, test=args.test, out=args.out, world=world,
+                 force=args.force)  # fmt: skip
 
 
 def run(verbs: Verbs) -> None:

@@ -233,7 +233,7 @@ broken_ffcv() {
 stamp() {
     {
         echo "$root $("$python_of_venv" -V 2>&1)"
-        cat "$root/launch/setup.sh" "$lock" "$root/setup.cfg" "$root/pyproject.toml"
+        cat "$root/launch/setup.sh" "$lock" "$root/setup.cfg"
     } | sha256sum
 }
 is_ready() {

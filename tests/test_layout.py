@@ -66,7 +66,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def level_of(dotted: str) -> int | None:
-    """The level of what is imported: of the longest part of its name that has one. dp4tl_dist.__version__ is __init__'s."""
+    """The level of a dotted name: of its longest part that has one. dp4tl_dist.__version__ is of __init__."""
     parts = dotted.split(".")[1:]
     if not parts or not ((ROOT / PACKAGE / parts[0]).is_dir() or (ROOT / PACKAGE / f"{parts[0]}.py").is_file()):
         return LEVEL_OF["__init__"]

@@ -5,6 +5,7 @@ state.pt              optimizer, each rank's generator states and own buffers; r
 meta.json             everything else, and the digest of the two files; written last
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -73,21 +74,37 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def prune_old(run: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one by validation accuracy; clear what a crash left."""
-    found = checkpoints(run)
-    scores = {folder: (read_meta(folder).get("val") or {}).get("top1") for folder in found}
-    scored = [folder for folder in found if scores[folder] is not None]
-    best = {max(scored, key=lambda folder: (scores[folder], folder.name))} if scored else set()
-    leftovers = list((run / "checkpoints").glob(".*.tmp"))
-    for folder in [*leftovers, *(set(found[:-keep]) - best)]:
+def readable(run: Path) -> dict[Path, dict[str, Any]]:
+    """The checkpoints of a run whose meta can be read, oldest first, each with its meta."""
+    metas = {}
+    for folder in checkpoints(run):
+        with contextlib.suppress(UserError):  # `newest` has warned about a torn one
+            metas[folder] = read_meta(folder)
+    return metas
+
+
+def prune_old(run: Path, *, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one by validation accuracy; clear what a crash left.
+
+    A checkpoint past `step`, where the run stands, is a torn one that the run went on from before.
+    """
+    metas = {folder: meta for folder, meta in readable(run).items() if folder <= checkpoint_path(run, step)}
+    kept = {*list(metas)[-keep:], _first_best(metas)}
+    for folder in [*(run / "checkpoints").glob(".*.tmp"), *(set(checkpoints(run)) - kept)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def best(run: Path) -> Path:
-    """The checkpoint of a run with the best validation accuracy; the later one of equals."""
-    scored = [(meta["val"]["top1"], folder) for folder in checkpoints(run) if (meta := read_meta(folder)).get("val")]
-    return max(scored, key=lambda item: (item[0], item[1].name))[1]
+    """The checkpoint of a run with the best validation accuracy; the first of equals, which every run has saved."""
+    found = _first_best(readable(run))
+    if found is None:
+        raise UserError(f"{run} has no checkpoint with a validation accuracy: train it again")
+    return found
+
+
+def _first_best(metas: dict[Path, dict[str, Any]]) -> Path | None:
+    scores = {folder: meta["val"]["top1"] for folder, meta in metas.items() if meta.get("val")}
+    return max(scores, key=lambda folder: scores[folder], default=None)
 
 
 def resolve(path: Path) -> Path:

@@ -90,6 +90,7 @@ class Fit:
                 lr = learning_rate(job.optim, at.step / job.steps_per_epoch)
                 at.since_log.append(self.engine.step(batch, lr=lr))
                 at.step += 1
+                at.val = None  # it was that of other weights
                 self._log_order(batch)
                 stop, save = self.agreement.after_step()
                 end_of_epoch = at.step == (epoch + 1) * job.steps_per_epoch
@@ -103,7 +104,7 @@ class Fit:
                 if (stop or save) and not end_of_epoch:
                     self._save(stopping=stop)
         better = self._validate(epoch, loss, rate)
-        stopping = self.agreement.settle()[0] and at.step < job.num_steps
+        stopping = (self.agreement.settle()[0] or stop) and at.step < job.num_steps
         if stopping or better or at.step == job.num_steps or self._due():
             return self._save(stopping=stopping)
         return None
@@ -142,6 +143,15 @@ class Fit:
                 f"lower train.lr; the last good checkpoint is kept in {self.job.out / 'checkpoints'}"
             )
         return loss
+
+    def _check_weights(self) -> None:
+        """The last step may have spoilt the weights without a loss to show it yet; then the run ends, too."""
+        spoilt = not all(value.isfinite().all() for value in self.job.task.module.state_dict().values())
+        if all_max(self.world, np.array([int(spoilt)]))[0]:
+            raise FloatingPointError(
+                f"{self.job.label}: the weights are not finite after step {self.at.step - 1}: "
+                f"lower train.lr; the last good checkpoint is kept in {self.job.out / 'checkpoints'}"
+            )
 
     def _log_step(self, epoch: int, *, lr: float, side: int, rate: float, waited: float) -> float:
         """Write a metrics line and start the next window of losses."""
@@ -192,6 +202,7 @@ class Fit:
     def _save(self, *, stopping: bool) -> dict[str, Any]:
         """Save where the run stands, on all ranks together; then stop if that was asked."""
         self._mean_loss()  # weights that a NaN has reached are never saved over good ones
+        self._check_weights()
         self.at.seconds = time.monotonic() - self.started
         meta = run_state.save(self, must_succeed=stopping or self.at.step == self.job.num_steps)
         self.agreement.saved_at = time.monotonic()

@@ -39,7 +39,7 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
             folder = checkpoint.checkpoint_path(job.out, fit.at.step)
             try:
                 checkpoint.save(folder, weights=job.task.module.state_dict(), state=state, meta=meta)
-                checkpoint.prune_old(job.out, keep=job.checkpoint.keep)
+                checkpoint.prune_old(job.out, keep=job.checkpoint.keep, step=fit.at.step)
             except (OSError, RuntimeError, SafetensorError, UserError) as error:
                 failure = f"could not save {folder} ({error})"
                 warn(failure + ": the last good checkpoint stays")

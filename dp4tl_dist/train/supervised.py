@@ -81,16 +81,12 @@ def claimed(out: Path, *, force: bool) -> Iterator[None]:
     foreign = [item for item in out.iterdir() if not item.name.startswith(".")] if out.is_dir() else []
     if foreign and not (out / "checkpoints").is_dir() and not (out / "metrics.jsonl").exists() and not force:
         raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with folder_lock(out):
-            if force:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
-                for name in ("metrics.jsonl", "order.jsonl", "config.json"):
-                    (out / name).unlink(missing_ok=True)
-            yield
-    except OSError as error:
-        raise UserError(f"cannot write in {out} ({error.strerror}): choose another --out") from error
+    with folder_lock(out):
+        if force:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            for name in ("metrics.jsonl", "order.jsonl", "config.json"):
+                (out / name).unlink(missing_ok=True)
+        yield
 
 
 def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, Split, dict[str, str]]:
