@@ -246,7 +246,12 @@ def machine() -> dict[str, Any]:
         model = found[1] if found else model
     cores = len(os.sched_getaffinity(0))
     name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
-    return {"name": f"{name}-{cores}c", "cpu": model, "cores": cores, "system": f"{platform.system()} {os.uname().release}"}
+    return {
+        "name": f"{name}-{cores}c",
+        "cpu": model,
+        "cores": cores,
+        "system": f"{platform.system()} {os.uname().release}",
+    }
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """One loader in a process of its own, so that none runs with what another one has imported, compiled or set.
 
-    python loader_peers.py dp4tl|ffcv|torchvision --serve      epochs on demand (see `harness.serve`)
-    python loader_peers.py dp4tl|ffcv|torchvision --first      the first batch, then the end
+python loader_peers.py dp4tl|ffcv|torchvision --serve      epochs on demand (see `harness.serve`)
+python loader_peers.py dp4tl|ffcv|torchvision --first      the first batch, then the end
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Networks by name, and the three things the project needs of each: its head, its features, its input scale."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,9 @@ class TinyResNet(nn.Module):
         from torchvision.models.resnet import BasicBlock
 
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
         )
         blocks = [BasicBlock(widths[0], widths[0])]
         for before, width in zip(widths, widths[1:], strict=False):
@@ -125,6 +128,14 @@ def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 pixels (batch, 3, height, width) -> float32 with ImageNet's mean 0 and deviation 1; keeps the layout."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _pixel_scale(images.device)
     return (images.float() - mean) / std
+
+
+@functools.cache
+def _pixel_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, 3, 1, 1) on `device`: copied there once, not at every step."""
+    # Also usable where gradients flow, wherever the first call came from.
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    return mean, std

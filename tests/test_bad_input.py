@@ -1,4 +1,4 @@
-"""Bad input through the command line: exit code 2, one line that names the place and the remedy, nothing half-written."""
+"""Bad input through the command line: exit code 2, one line naming the place and the remedy, nothing half-written."""
 
 import json
 import shutil
@@ -115,7 +115,9 @@ def test_damaged_beton(refused: Run, world: Path, tmp_path: Path, kind: str) -> 
 
 def test_subset_and_votes_of_another_beton(refused: Run, world: Path, tmp_path: Path) -> None:
     other, subset, votes = world / "other.beton", world / "subset.npz", world / "votes.npz"
-    line = refused("prune", "--source", other, "--votes", votes, "--keep", 0.5, "--out", tmp_path / "x.npz", names=votes)
+    line = refused(
+        "prune", "--source", other, "--votes", votes, "--keep", 0.5, "--out", tmp_path / "x.npz", names=votes
+    )
     assert "other.beton" in line
     line = refused("compact", "--source", other, "--subset", subset, "--out", tmp_path / "x.beton", names=subset)
     assert "other.beton" in line

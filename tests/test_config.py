@@ -11,7 +11,7 @@ from dp4tl_dist.config import PRESETS, OptimConfig, TrainConfig, apply_overrides
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.models import check_arch
 from dp4tl_dist.recipes import RECIPES, TransferConfig, recipe
-from dp4tl_dist.stages import RunConfig
+from dp4tl_dist.run_config import RunConfig
 
 
 def refused(model: Any, content: dict[str, Any]) -> str:
@@ -219,7 +219,12 @@ def test_a_recipe_is_the_base_of_what_is_given() -> None:
     merged = recipe("ff", content)
     assert merged == {"seed": 2, "recipe": "ff", "train": {**RECIPES["ff"], "epochs": 3}}
     assert content == {"train": {"epochs": 3}, "seed": 2}
-    for mode, wrong in (("lp", {"recipe": "ff"}), ("ff", {"recipe": "lp"}), ("ff", {"cached": True}), ("lp", {"recipe": "x"})):
+    for mode, wrong in (
+        ("lp", {"recipe": "ff"}),
+        ("ff", {"recipe": "lp"}),
+        ("ff", {"cached": True}),
+        ("lp", {"recipe": "x"}),
+    ):
         with pytest.raises(UserError):
             recipe(mode, wrong)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The embedded dataset is honest: a surrogate's votes find the classes that resemble the target, and chance does not."""
+"""The embedded dataset is honest: a surrogate's votes find the classes that resemble the target; chance does not."""
 
 import json
 import math

@@ -80,6 +80,7 @@ class Fit:
     def _epoch(self, advance: Advance) -> dict[str, Any] | None:
         """Train to the end of the epoch that the run stands in; validate and save. Returns the meta, where saved."""
         job, at = self.job, self.at
+        at.val = None
         epoch = at.step // job.steps_per_epoch
         side, waited, begun, first = resolution(job.optim, epoch), 0.0, time.monotonic(), at.step
         with contextlib.closing(self._batches(epoch, side)) as batches:

@@ -11,14 +11,15 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.engine import averaged_buffers
-from dp4tl_dist.world import all_max
 
 if TYPE_CHECKING:
     from dp4tl_dist.train.loop import Fit
 
 # What may differ between a run and its continuation without changing the result.
-FREE = ("log", "checkpoint", "engine", "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset",
-        "data.val_subset", "model.init", "train.val_every")  # fmt: skip
+FREE = (
+    "log", "checkpoint", "engine.device", "engine.compile", "engine.channels_last", "engine.timeout_s", "model.init",
+    "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset", "data.val_subset", "train.val_every",
+)  # fmt: skip
 
 
 def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
@@ -43,9 +44,11 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
             except (OSError, RuntimeError, SafetensorError, UserError) as error:
                 failure = f"could not save {folder} ({error})"
                 warn(failure + ": the last good checkpoint stays")
-    failed = bool(all_max(world, np.array([int(bool(failure))]))[0])
-    if failed and must_succeed:
-        raise RuntimeError(failure or "rank 0 could not save the checkpoint")
+    shared = [failure]
+    if world.num_ranks > 1:
+        dist.broadcast_object_list(shared)
+    if shared[0] and must_succeed:
+        raise UserError(f"{shared[0]}: make room and run the same command again, it goes on from the last one saved")
     return meta
 
 

@@ -24,7 +24,9 @@ def saved(run: Path, step: int, *, top1: float | None = None, num_classes: int =
     meta = make_meta("checkpoint", config={"model": {"arch": ARCH}})
     meta |= {"classes": [str(i) for i in range(num_classes)], "val": None if top1 is None else {"top1": top1}}
     model = build_model(ARCH, num_classes)
-    checkpoint.save(folder, weights=model.state_dict(), state={"optimizer": {}, "ranks": []}, meta={**meta, "step": step})
+    checkpoint.save(
+        folder, weights=model.state_dict(), state={"optimizer": {}, "ranks": []}, meta={**meta, "step": step}
+    )
     return folder
 
 
@@ -164,7 +166,9 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     folder = tmp_path / "c"
-    checkpoint.save(folder, weights=nn.Linear(1, 1).state_dict(), state={"optimizer": Trap()}, meta={"kind": "checkpoint"})
+    checkpoint.save(
+        folder, weights=nn.Linear(1, 1).state_dict(), state={"optimizer": Trap()}, meta={"kind": "checkpoint"}
+    )
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         checkpoint.load_state(folder)
     assert not (tmp_path / "sprung").exists()

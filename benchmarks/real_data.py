@@ -1,0 +1,118 @@
+"""Makes the record of a finished `dp4tl run` on real images: accuracy and time of every arm, and who voted for what.
+
+    python benchmarks/real_data.py RUN_DIR [--names labels.csv] [--record NAME]
+
+`--names` is a CSV whose first two columns are a class folder's name and what people call it.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.files import read_json
+from dp4tl_dist.prune.votes_file import load_votes
+
+SHOWN = 10
+
+
+def votes_by_class(votes: Path, target: Path, names: dict[str, str]) -> dict[str, list[tuple[str, int]]]:
+    """For each target class, the `SHOWN` source classes that its images voted for most."""
+    cast, beton = load_votes(votes), open_beton(target)
+    result = {}
+    for label, name in enumerate(beton.classes):
+        counts = np.bincount(cast.predictions[beton.labels == label], minlength=len(cast.classes))
+        first = np.argsort(-counts, kind="stable")[:SHOWN]
+        result[name] = [(names.get(cast.classes[i], cast.classes[i]), int(counts[i])) for i in first if counts[i]]
+    return result
+
+
+def training(run: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What each training stage's last checkpoint says of itself."""
+    found = {}
+    for name in names:
+        folder = run / name
+        meta = read_json(sorted((folder / "checkpoints").glob("step_*/meta.json"))[-1])
+        kept = ("num_samples", "samples_seen", "seconds", "val", "restarts", "num_ranks")
+        found[name] = {key: meta[key] for key in kept}
+    return found
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a person reads it."""
+    lines = [f"# {record['name']}, {record['date'][:10]}", "", record["note"], "", f"    {record['command']}", ""]
+    machine = record["machine"]
+    lines += [f"Machine: {machine['cpu']}, {machine['cores']} cores; commit {record['git']['commit'][:12]}; "
+              + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version), ""]  # fmt: skip
+    modes = list(record["arms"][0]["accuracy"])
+    lines += ["| target | arm | source samples | pretrain s | total s (with selection) | speed-up | "
+              + " | ".join(f"{mode} top-1 %" for mode in modes) + " |",
+              "|---|---|---:|---:|---:|---:|" + "---:|" * len(modes)]  # fmt: skip
+    for row in record["arms"]:
+        cells = [f"{row['accuracy'][mode]['mean']:.2f}" + _spread(row["accuracy"][mode]) for mode in modes]
+        lines.append(
+            f"| {row['target']} | {row['arm']} | {np.mean(row['samples']):.0f} | {row['pretrain_s']:.0f} | "
+            f"{row['total_s']:.0f} | {row['speed_up']:.2f}x | {' | '.join(cells)} |"
+        )
+    for target, table in record["votes"].items():
+        lines += ["", f"Votes by class of {target} (the ten source classes with the most; number of images):", ""]
+        lines += [
+            f"- **{name}**: " + ", ".join(f"{source} {count}" for source, count in rows) for name, rows in table.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(cell: dict[str, Any]) -> str:
+    return f" +- {cell['std']:.2f} (n = {len(cell['values'])})" if cell["std"] is not None else " (n = 1)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--names", type=Path)
+    parser.add_argument("--note", default="", help="what a reader should know")
+    parser.add_argument("--command", default="", help="the command that made RUN_DIR, as others would type it")
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/results/DATE_NAME_MACHINE.{json,md}")
+    args = parser.parse_args()
+    if not (args.run / "results.json").is_file():
+        harness.refuse(f"{args.run} holds no results.json: finish `dp4tl run` first")
+    names = {}
+    if args.names:
+        with open(args.names, newline="") as handle:
+            names = {row[0]: row[1] for row in csv.reader(handle)}
+    config = read_json(args.run / "config.json")
+    rows = read_json(args.run / "results.json")
+    voted = {
+        f"{target} ({votes.stem.split('-')[1]})": votes_by_class(votes, _target(args.run, config, target), names)
+        for target in config["targets"]
+        for votes in sorted((args.run / "votes").glob(f"vote-*-{target}.npz"))
+    }
+    now = datetime.datetime.now(datetime.timezone.utc)
+    runs = ["surrogate", *(f"pretrain/{item.name}" for item in sorted((args.run / "pretrain").iterdir()))]
+    record = {
+        "name": args.record or args.run.name, "date": now.isoformat(timespec="seconds"), "note": args.note,
+        "command": args.command, "config": config, "arms": rows, "training": training(args.run, runs), "votes": voted,
+        "machine": harness.machine() | {"load_at_end": os.getloadavg()}, "versions": harness.versions(),
+        "git": harness.git(),
+    }  # fmt: skip
+    print(markdown(record))
+    if args.record:
+        base = harness.RESULTS / f"{now.date()}_{args.record}_{record['machine']['name']}"
+        base.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        base.with_suffix(".md").write_text(markdown(record))
+
+
+def _target(run: Path, config: dict[str, Any], target: str) -> Path:
+    origin = config["targets"][target]["train"]
+    return Path(origin) if origin.endswith(".beton") else run / "data" / f"{target}-train.beton"
+
+
+if __name__ == "__main__":
+    main()
