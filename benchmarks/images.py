@@ -57,10 +57,10 @@ def write(samples: list[Sample], classes: list[str], count: int, *, beton: Path,
     """`count` samples, each image repeated as needed, shuffled in `beton` and as a file each in `files`/<class>/."""
     encoded = encode(samples[:count])
     with BetonWriter(beton, capacity=count) as writer:
-        for place, i in enumerate(epoch_order(np.arange(count), seed=0, epoch=0).tolist()):
+        for i in epoch_order(np.arange(count), seed=0, epoch=0).tolist():
             (payload, height, width), label = encoded[i % len(encoded)], samples[i % len(samples)].label
-            writer.add(payload, height=height, width=width, label=label, identifier=place)
-            path = files / f"{label:04}" / f"{place}.jpg"
+            writer.add(payload, height=height, width=width, label=label, identifier=i)
+            path = files / f"{label:04}" / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(payload)
         writer.finish(classes, {})

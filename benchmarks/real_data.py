@@ -49,8 +49,11 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as a person reads it."""
     lines = [f"# {record['name']}, {record['date'][:10]}", "", record["note"], "", f"    {record['command']}", ""]
     machine = record["machine"]
-    lines += [f"Machine: {machine['cpu']}, {machine['cores']} cores; commit {record['git']['commit'][:12]}; "
-              + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version), ""]  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += [
+        f"Machine: {machine['cpu']}, {machine['cores']} cores; commit {record['git']['commit'][:12]}; {versions}",
+        "",
+    ]
     modes = list(record["arms"][0]["accuracy"])
     lines += ["| target | arm | source samples | pretrain s | total s (with selection) | speed-up | "
               + " | ".join(f"{mode} top-1 %" for mode in modes) + " |",

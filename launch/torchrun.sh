@@ -27,4 +27,17 @@ if [ -z "$num_ranks" ]; then
 fi
 # The ranks share the cores by themselves; torchrun's own default of one thread each would only add a warning.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_ranks" -m dp4tl_dist "$@"
+# torchrun ends with 1 whatever its ranks ended with. The first rank to fail leaves its own exit code in this file.
+scratch="$(mktemp -d)"
+trap 'rm -rf -- "$scratch"' EXIT
+export DP4TL_ERROR_FILE="$scratch/error.json"
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$num_ranks" -m dp4tl_dist "$@" &
+torchrun=$!
+# A signal that asks to stop goes on to torchrun as SIGTERM, the one that it hands to every rank.
+trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM INT USR2
+status=0
+while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
+if [ -s "$DP4TL_ERROR_FILE" ]; then
+    status="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$DP4TL_ERROR_FILE")"
+fi
+exit "$status"

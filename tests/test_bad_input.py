@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,28 @@ def test_keep_classes_above_the_count(refused: Run, world: Path, tmp_path: Path)
 def test_batch_larger_than_the_subset(refused: Run, world: Path, tmp_path: Path) -> None:
     refused("train", "--config", tiny(world), "--subset", world / "subset.npz", "--set", "train.batch_size=20",
             "--out", tmp_path / "run", names="batch_size 20")  # fmt: skip
+
+
+def test_batch_not_divisible_by_the_ranks(world: Path, tmp_path: Path) -> None:
+    """Through torchrun: its wrapper ends with the exit code of the rank that failed first."""
+    script = Path(__file__).parents[1] / "launch" / "torchrun.sh"
+    command = [
+        script,
+        "-n",
+        "2",
+        "train",
+        "--config",
+        tiny(world),
+        "--set",
+        "train.batch_size=9",
+        "--out",
+        tmp_path / "run",
+    ]
+    done = subprocess.run([str(item) for item in command], capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dp4tl")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "batch_size 9 is not divisible by 2 ranks" in lines[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_odd_amounts_on_the_command_line(refused: Run, world: Path, tmp_path: Path) -> None:

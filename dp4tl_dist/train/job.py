@@ -43,10 +43,8 @@ class Job:
         """Raise UserError where batch, samples and ranks do not fit together."""
         batch, samples = self.optim.batch_size, len(self.train.kept)
         if batch % (num_ranks * self.optim.accumulate):
-            raise UserError(
-                f"train.batch_size {batch} is not divisible by {num_ranks} ranks x {self.optim.accumulate} parts: "
-                "choose a multiple"
-            )
+            parts = f" x {self.optim.accumulate} micro-batches" if self.optim.accumulate > 1 else ""
+            raise UserError(f"train.batch_size {batch} is not divisible by {num_ranks} ranks{parts}: choose a multiple")
         if batch > samples:
             raise UserError(
                 f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one"

@@ -26,7 +26,7 @@ def dp4tl(*argv: object) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded dataset, and a surrogate trained on the GPU with every CUDA default (bf16, compile, channels last)."""
+    """The embedded dataset, and a surrogate trained with every CUDA default: bf16, compile, channels last."""
     root = tmp_path_factory.mktemp("gpu")
     for part in ("source/train", "source/val", "target/train"):
         dp4tl("write", "--synthetic", part, "--out", root / f"{part.replace('/', '-')}.beton", "--max-side", 0)
