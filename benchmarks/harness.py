@@ -273,10 +273,13 @@ def git() -> dict[str, Any]:
 
 
 def source_hash(script: Path) -> str:
-    """Of the script, of its helpers beside it and of this file: records of equal hashes measured the same."""
-    helpers = sorted(script.resolve().parent.glob(f"{script.stem}_*.py"))
+    """Of the script and the modules beside it that it uses: records of equal hashes measured in the same way."""
+    here = Path(__file__).parent
+    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    used = {Path(file).resolve() for file in loaded if file and Path(file).resolve().parent == here}
+    used |= {script.resolve(), *here.glob(f"{script.stem}_*.py")}
     digest = hashlib.blake2b(digest_size=16)
-    for path in (script, *helpers, Path(__file__)):
+    for path in sorted(used):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -5,9 +5,10 @@ a few images only, and times are compared for one image; and what a user would w
 """
 
 import argparse
+import os
 import socket
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import votes_ranks
 from harness import Bench, Case, Workers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dp4tl_dist.data.beton import RAW, BetonWriter, open_beton
@@ -33,13 +35,13 @@ def ranks(what: str, num_ranks: int, arguments: argparse.Namespace) -> Workers:
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    if arguments.threads:
+        sizes.append(f"--threads={arguments.threads}")
     environs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     return Workers([[str(script), what, *sizes]] * num_ranks, environs)
 
 
-def compare(
-    bench: Bench, title: str, what: str, items: int, peers: list[Case], arguments: argparse.Namespace
-) -> None:
+def compare(bench: Bench, title: str, what: str, items: int, peers: list[Case], arguments: argparse.Namespace) -> None:
     """This project with each number of ranks, and `peers`, which run in this process."""
     workers = {count: ranks(what, count, arguments) for count in arguments.ranks}
     names = {count: f"dp4tl {count} rank{'s' if count > 1 else ''}" for count in workers}
@@ -86,7 +88,7 @@ def fm_plain(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return votes, affinity
 
 
-def means_published(features_of_class: list[list[np.ndarray]]) -> list[Tensor]:
+def means_published(features_of_class: list[list[NDArray[np.float32]]]) -> list[Tensor]:
     return [torch.tensor(np.array(features)).mean(dim=0) for features in features_of_class]
 
 
@@ -118,7 +120,7 @@ def compare_votes(bench: Bench, arguments: argparse.Namespace) -> None:
 
     n = arguments.source
     features, labels = votes_ranks.draw(n, arguments.dim, seed=2), votes_ranks.labels_of(n, classes)
-    rows_of_class: list[list[np.ndarray]] = [[] for _ in range(classes)]
+    rows_of_class: list[list[NDArray[np.float32]]] = [[] for _ in range(classes)]
     for row, label in zip(features.numpy(), labels.tolist(), strict=True):
         rows_of_class[label].append(row)
     peers = [
@@ -143,7 +145,7 @@ def compare_prune(bench: Bench, arguments: argparse.Namespace) -> None:
         affinity, sizes = generator.random((1, classes)), np.array([arguments.lm_targets])
         meta: dict[str, Any] = {"inputs": {"source": open_beton(source).fingerprint}}
         save_votes(file, Votes(votes, affinity, predictions, sizes, "lm", names, meta))
-        run: Callable[[], object] = lambda: prune(source=source, out=out, votes=file, keep=0.5, force=True)  # noqa: E731
+        run = partial(prune, source=source, out=out, votes=file, keep=0.5, force=True)
         case = Case("dp4tl", run, n, "opening and checking the beton and the votes, choosing, writing the subset")
         bench.compare(f"prune {n} samples of {classes} classes", [case], unit="samples", aim="under 2 s")
 
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     arguments = harness.parse(parser)
     bench = Bench("votes", arguments)
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     with torch.inference_mode():
         compare_votes(bench, arguments)
     compare_prune(bench, arguments)

@@ -6,10 +6,20 @@ import os
 import harness
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dp4tl_dist.data.order import inference_batches
-from dp4tl_dist.prune.votes import Tally, add_group_sums, centres_of, check_sums, fm_tally, from_units, largest, lm_tally
+from dp4tl_dist.prune.votes import (
+    Tally,
+    add_group_sums,
+    centres_of,
+    check_sums,
+    fm_tally,
+    from_units,
+    largest,
+    lm_tally,
+)
 from dp4tl_dist.world import World, all_max, all_sum, gather_rows, joined
 
 BATCH_SIZE = 256
@@ -21,6 +31,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lm-targets", type=int, default=50_000)
     parser.add_argument("--fm-targets", type=int, default=10_000)
     parser.add_argument("--source", type=int, default=200_000, help="source images, for the class means of FM")
+    parser.add_argument("--threads", type=int, default=0, help="of each process (default: its share of the cores)")
 
 
 def draw(rows: int, columns: int, *, seed: int) -> Tensor:
@@ -37,7 +48,7 @@ class Rank:
     def __init__(self, world: World, arguments: argparse.Namespace) -> None:
         self.world, self.arguments = world, arguments
 
-    def batches(self, num_rows: int) -> list[np.ndarray]:
+    def batches(self, num_rows: int) -> list[NDArray[np.int64]]:
         ranks, rank = self.world.num_ranks, self.world.rank
         return inference_batches(np.arange(num_rows), batch_size=BATCH_SIZE, num_ranks=ranks, rank=rank)
 
@@ -86,6 +97,7 @@ def main() -> None:
     add_sizes(parser)
     arguments = parser.parse_args()
     with joined("cpu", timeout_s=600) as world, torch.inference_mode():
+        torch.set_num_threads(arguments.threads or torch.get_num_threads())
         rank = Rank(world, arguments)
         rank.prepare(arguments.what)
         harness.serve(rank.means if arguments.what == "means" else lambda: rank.vote(arguments.what))

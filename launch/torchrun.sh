@@ -38,6 +38,10 @@ trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM INT USR2
 status=0
 while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
 if [ -s "$DP4TL_ERROR_FILE" ]; then
-    status="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$DP4TL_ERROR_FILE")"
+    # torchrun's own report is long: say what came first once more, where it is seen.
+    "$python" -c 'import json, sys
+found = json.load(open(sys.argv[1]))
+print("torchrun.sh:", " ".join(found["message"].split()), file=sys.stderr)
+sys.exit(found["code"])' "$DP4TL_ERROR_FILE" || status=$?
 fi
 exit "$status"
