@@ -11,12 +11,8 @@ takes for the same number of items.
 
 import argparse
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -30,12 +26,15 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
+from provenance import RESULTS, ROOT, git, machine, relative, source_hash, versions
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "ffcv", "numba", "pillow")
+__all__ = [
+    "RESULTS", "ROOT", "Bench", "Case", "Seconds", "Workers", "git", "machine", "parse", "refuse", "relative", "serve",
+    "source_hash", "versions",
+]  # fmt: skip
+
 sys.path.insert(0, str(ROOT))  # this checkout is measured, not an installed copy: the record names its commit
 
 
@@ -85,7 +84,7 @@ class Bench:
                     seconds[case.name].append(took)
         first = cases[0]
         rows = [_row(case, seconds[case.name], first, seconds[first.name]) for case in cases]
-        found = {"title": title, "unit": unit, "runs": runs, "warmup": warmup, "aim": aim, "rows": rows}
+        found: dict[str, Any] = {"title": title, "unit": unit, "runs": runs, "warmup": warmup, "aim": aim, "rows": rows}
         self.comparisons.append(found)
         if not self.arguments.json:
             _show(found)
@@ -97,7 +96,7 @@ class Bench:
         content = {
             "name": self.name,
             "date": now.isoformat(timespec="seconds"),
-            "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+            "command": shlex.join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
             "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
             "machine": machine() | {"load_at_start": self.load_at_start, "load_at_end": os.getloadavg()},
             "versions": versions(),
@@ -112,7 +111,7 @@ class Bench:
             RESULTS.mkdir(exist_ok=True)
             path = RESULTS / f"{now.date()}_{self.name}_{content['machine']['name']}.json"
             path.write_text(text)
-            print(f"wrote {_relative(path)}", file=sys.stderr)
+            print(f"wrote {relative(path)}", file=sys.stderr)
 
 
 def refuse(reason: str) -> NoReturn:
@@ -206,7 +205,7 @@ class Workers:
         line = process.stdout.readline()
         if not line:
             self.close()
-            raise RuntimeError(f"{shlex.join(map(str, process.args))} ended early: its error stands above")  # type: ignore[arg-type]
+            raise RuntimeError(f"{process.args} ended early: its error stands above")
         return line
 
     def close(self) -> None:
@@ -233,56 +232,3 @@ def serve(run: Callable[[], object]) -> None:
         print("ready", file=answers, flush=True)
         for _ in sys.stdin:
             print(_seconds(run), file=answers, flush=True)
-
-
-# ---------------------------------------------------------------- where and with what
-
-
-def machine() -> dict[str, Any]:
-    """The processor and how much of it this process may use. `name` is fit for a file name."""
-    model = platform.processor() or platform.machine()
-    with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-        model = found[1] if found else model
-    cores = len(os.sched_getaffinity(0))
-    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
-    return {
-        "name": f"{name}-{cores}c",
-        "cpu": model,
-        "cores": cores,
-        "system": f"{platform.system()} {os.uname().release}",
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def git() -> dict[str, Any]:
-    """The commit of this checkout, and whether its files (records apart) differ from it."""
-    command = ["git", "-C", str(ROOT)]
-    with suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output([*command, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        changed = subprocess.check_output([*command, "status", "--porcelain", "--", ".", f":!{_relative(RESULTS)}"])
-        return {"commit": commit.strip(), "dirty": bool(changed)}
-    return {"commit": None, "dirty": None}
-
-
-def source_hash(script: Path) -> str:
-    """Of the script and the modules beside it that it uses: records of equal hashes measured in the same way."""
-    here = Path(__file__).parent
-    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    used = {Path(file).resolve() for file in loaded if file and Path(file).resolve().parent == here}
-    used |= {script.resolve(), *here.glob(f"{script.stem}_*.py")}
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(used):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _relative(path: str | Path) -> str:
-    return os.path.relpath(Path(path).resolve(), ROOT)

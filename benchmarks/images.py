@@ -6,6 +6,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import provenance
 
 from dp4tl_dist.data.beton import BetonWriter
 from dp4tl_dist.data.encode import Encoded, Sample, encode_samples
@@ -13,7 +14,7 @@ from dp4tl_dist.data.order import epoch_order
 from dp4tl_dist.data.write import folder_samples
 from dp4tl_dist.errors import UserError
 
-DEFAULT = harness.ROOT.parent / "shared" / "data" / "imagenet_sample_250.zip"
+DEFAULT = provenance.ROOT.parent / "shared" / "data" / "imagenet_sample_250.zip"
 MAX_SIDE, QUALITY = 400, 90
 
 

@@ -30,7 +30,7 @@ def distributed(indices: NDArray[np.int64], num_ranks: int) -> DistributedSample
 
 
 def ffcv_orders(indices: NDArray[np.int64], pages: NDArray[np.int64]) -> tuple[Any, Any]:
-    """What makes FFCV's RANDOM order, and what makes its QUASI_RANDOM tables: all they need of a loader is stood in for."""
+    """FFCV's RANDOM order, and a function that makes its QUASI_RANDOM one: both see a stand-in for a loader."""
     from ffcv.traversal_order import QuasiRandom, Random
 
     num_threads = torch.get_num_threads()
@@ -53,17 +53,17 @@ def main() -> None:
     arguments = harness.parse(parser)
     bench = Bench("order", arguments)
     n, ranks, batch_size = arguments.samples, arguments.ranks, arguments.batch_size
-    with_ffcv = "ffcv" not in arguments.without
     indices = np.arange(n)
     pages = indices // SAMPLES_PER_PAGE
-    random, make_quasi = ffcv_orders(indices, pages) if with_ffcv else (None, None)
+    random, make_quasi = ffcv_orders(indices, pages) if "ffcv" not in arguments.without else (None, None)
 
     ours = partial(epoch_order, indices, seed=SEED, epoch=EPOCH)
     cases = [
-        Case("dp4tl", ours, n, "the same for any version of numpy"),
-        Case("torch randperm", lambda: torch.randperm(n), n),
-        Case("ffcv RANDOM", lambda: random.sample_order(EPOCH), n, "numpy's permutation"),
+        Case("dp4tl", ours, n, "raw bits and a sort: the same in every version of numpy"),
+        Case("torch randperm", partial(torch.randperm, n), n),
     ]
+    if random:
+        cases.append(Case("ffcv RANDOM", partial(random.sample_order, EPOCH), n, "numpy's permutation"))
     bench.compare("epoch order, plain", cases, unit="samples")
 
     def ours_of_rank() -> NDArray[np.int64]:
@@ -89,10 +89,9 @@ def main() -> None:
 
     paged = partial(epoch_order, indices, pages, seed=SEED, epoch=EPOCH, window=WINDOW)
     cases = [Case("dp4tl", paged, n, "tables included")]
-    if with_ffcv:
-        quasi = make_quasi()
+    if make_quasi:
         note = "the tables, which it makes once a loader, are not counted"
-        cases.append(Case("ffcv QUASI_RANDOM", lambda: quasi.sample_order(EPOCH), n, note))
+        cases.append(Case("ffcv QUASI_RANDOM", partial(make_quasi().sample_order, EPOCH), n, note))
         cases.append(Case("ffcv QUASI_RANDOM tables", make_quasi, n, "its part of a loader's start"))
     bench.compare(f"epoch order, from a window of {WINDOW} pages", cases, unit="samples")
     bench.finish()

@@ -42,7 +42,7 @@ def _slurm() -> Check:
     commands = ("sbatch", "srun", "squeue", "scancel")
     lacking = [name for name in commands if shutil.which(name) is None]
     if lacking:
-        mend = "log in to a submit node (or `module load slurm`); without SLURM use --cluster local"
+        mend = "log in to a submit node (or `module load slurm`)"
         return Check("SLURM", "optional", f"not on PATH: {', '.join(lacking)}", mend)
     return Check("SLURM", "ok", ", ".join(commands))
 

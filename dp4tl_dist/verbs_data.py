@@ -86,6 +86,7 @@ def vote(verbs: Verbs) -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="decoding threads a rank; 0 shares the cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add_out(parser, "the votes, an .npz file")
 
 
@@ -100,7 +101,7 @@ def run_vote(args: argparse.Namespace) -> None:
     with joined(args.device) as world:
         summary = vote(world, method=args.method, surrogate=args.surrogate, targets=args.target, source=args.source,
                        out=args.out, batch_size=args.batch_size, resolution=args.resolution,
-                       num_workers=args.workers, force=args.force)  # fmt: skip
+                       num_workers=args.workers, precision=args.precision, force=args.force)  # fmt: skip
         if world.is_main:
             say(f"{args.out}: {summary}")
 
@@ -116,6 +117,11 @@ def prune(verbs: Verbs) -> None:
     amount.add_argument("--keep", type=float, help="share of the classes (or samples) to keep, 0 < KEEP <= 1")
     amount.add_argument("--keep-classes", type=int, help="number of classes to keep")
     amount.add_argument("--coverage", type=float, help="the fewest classes that hold this share of the votes")
+    parser.add_argument(
+        "--combine", choices=("normalised", "sum", "max"), default="normalised",
+        help="how the votes of several targets count together (default: each target's sum to 1)",
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
     parser.add_argument("--reverse", action="store_true", help="keep the classes with the fewest votes (a check)")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
     parser.add_argument(
@@ -130,8 +136,19 @@ def run_prune(args: argparse.Namespace) -> None:
 
     summary = prune(source=args.source, out=args.out, votes=args.votes, random=args.random, list_file=args.list,
                     keep=args.keep, keep_classes=args.keep_classes, coverage=args.coverage, reverse=args.reverse,
-                    seed=args.seed, apply_to=args.apply_to, force=args.force)  # fmt: skip
+                    combine=args.combine, weights=parse_weights(args.weights), seed=args.seed,
+                    apply_to=args.apply_to, force=args.force)  # fmt: skip
     say(f"{args.out}: {summary}")
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """"2,1" -> [2.0, 1.0]"""
+    from dp4tl_dist.errors import UserError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--weights {text!r} is not a list of numbers like 2,1") from error
 
 
 def compact(verbs: Verbs) -> None:

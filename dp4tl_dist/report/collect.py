@@ -1,0 +1,242 @@
+"""What a run folder holds, finished or not: stages, arms, metrics and warnings, as plain values."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dp4tl_dist.config import validate
+from dp4tl_dist.data.beton import Beton, open_beton, sidecar
+from dp4tl_dist.data.subset import Subset, load_subset
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import read_json
+from dp4tl_dist.log import read_jsonl
+from dp4tl_dist.run_config import ARM, RunConfig
+from dp4tl_dist.stages import Graph, Stage, Trial
+
+PARTS = ("surrogate", "voting", "pretraining", "transfer")
+MUCH_WAITING = 0.3
+SHOWN_SKIPPED = 20
+Value = TypeVar("Value")
+Metrics = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm on one target, over the seeds that are done so far."""
+
+    name: str
+    method: str
+    keep: float
+    target: str
+    trials: tuple[Trial, ...]
+    accuracy: dict[str, list[float]]
+    """Test accuracies in %, by transfer mode; a seed that is not measured yet is absent."""
+    seconds: dict[str, float | None]
+    """Mean wall seconds of each of PARTS; None while no seed has them."""
+    samples: float | None
+
+    @property
+    def ratio(self) -> float:
+        """The pruning ratio in %."""
+        return 100 * (1 - self.keep)
+
+    @property
+    def total(self) -> float | None:
+        """Seconds to the pretrained model, the selection's cost included; None while that is not known."""
+        spent = [self.seconds[part] for part in PARTS[:3]]
+        return None if any(value is None for value in spent) else sum(value for value in spent if value is not None)
+
+
+@dataclass
+class Run:
+    """A run folder, read as far as it goes. What cannot be read is left out and named in `problems`."""
+
+    out: Path
+    config: RunConfig
+    graph: Graph
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, read: Callable[[], Value]) -> Value | None:
+        """What `read` returns; None, and a line in `problems`, where a file is damaged or gone."""
+        try:
+            return read()
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            text = str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"
+            if text not in self.problems:
+                self.problems.append(text)
+            return None
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Each stage's record, {} while it is pending."""
+        paths = {name: self.out / "stages" / f"{name}.json" for name in self.graph.stages}
+        read = {name: self.attempt(lambda path=path: read_json(path)) for name, path in paths.items() if path.exists()}
+        return {name: found if isinstance(found := read.get(name), dict) else {} for name in paths}
+
+    def status(self, stage: str) -> str:
+        """done, started (going on, or cut off) or pending."""
+        return {"done": "done", "running": "started"}.get(str(self.records[stage].get("status")), "pending")
+
+    def seconds(self, stage: str) -> float | None:
+        """Wall seconds of a finished stage."""
+        value = self.records[stage].get("seconds")
+        return float(value) if self.status(stage) == "done" and isinstance(value, int | float) else None
+
+    @cached_property
+    def trainings(self) -> dict[str, Metrics]:
+        """metrics.jsonl of each training stage that has begun; a transfer's as well."""
+        found = {}
+        for name, stage in self.graph.stages.items():
+            if stage.distributed and stage.argv[0] in ("train", "transfer"):
+                path = run_folder(stage) / "metrics.jsonl"
+                lines = self.attempt(lambda path=path: read_jsonl(path))
+                if lines:
+                    found[name] = [line for line in lines if isinstance(line, dict)]
+        return found
+
+    @cached_property
+    def metas(self) -> dict[str, dict[str, Any]]:
+        """The newest checkpoint's meta of each training stage, or a transfer's result; {} while there is none."""
+        found = {}
+        for name, stage in self.graph.stages.items():
+            metas = sorted((stage.output / "checkpoints").glob("step_*/meta.json"))
+            path = metas[-1] if metas else stage.output if stage.argv[0] == "transfer" else None
+            content = self.attempt(lambda path=path: read_json(path)) if path and path.exists() else None
+            found[name] = content if isinstance(content, dict) else {}
+        return found
+
+    @cached_property
+    def betons(self) -> dict[str, Beton]:
+        """The datasets that are written: "source", "source-val", "TARGET-train" and "TARGET-test"."""
+        graph = self.graph
+        paths = {"source": graph.source, **({"source-val": graph.source_val} if graph.source_val else {})}
+        for target, (train, test) in graph.targets.items():
+            paths |= {f"{target}-train": train, f"{target}-test": test}
+        read = {name: self.attempt(lambda path=path: open_beton(path)) for name, path in paths.items() if path.exists()}
+        return {name: beton for name, beton in read.items() if beton is not None}
+
+    def subset(self, trial: Trial) -> Subset | None:
+        """The trial's subset, checked against the source; None for dense and while it is pending."""
+        path = trial.subset
+        if path is None or not path.exists():
+            return None
+        return self.attempt(lambda: load_subset(path, beton=self.betons.get("source")))
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """Every arm on every target, in the config's order."""
+        return [self._arm(arm, target) for target in self.config.targets for arm in self.config.arms]
+
+    def _arm(self, name: str, target: str) -> Arm:
+        found = ARM.fullmatch(name)
+        trials = tuple(trial for trial in self.graph.trials if (trial.arm, trial.target) == (name, target))
+        accuracy: dict[str, list[float]] = {
+            mode: [
+                100 * value
+                for trial in trials
+                if isinstance(value := self.metas[trial.transfers[mode]].get("top1"), int | float)
+                and self.status(trial.transfers[mode]) == "done"
+            ]
+            for mode in self.config.transfer.modes
+        }
+        counts = [len(subset.indices) for trial in trials if (subset := self.subset(trial))]
+        if not counts:
+            counts = [int(n) for trial in trials if (n := self.metas[trial.pretrain].get("num_samples"))]
+        method, keep = (found["method"], float(found["keep"])) if found else (name, 1.0)
+        seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
+        return Arm(name, method, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None)
+
+    def _mean_seconds(self, trials: tuple[Trial, ...], part: str) -> float | None:
+        """The mean over the seeds whose stages of that part are all done."""
+        sums = []
+        for trial in trials:
+            values = [self.seconds(stage) for stage in stages_of(trial, part)]
+            if all(value is not None for value in values):
+                sums.append(sum(value for value in values if value is not None))
+        return statistics.fmean(sums) if sums else None
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """(what about, what) for all that a reader should know before believing the page."""
+        for name, beton in self.betons.items():
+            yield from self._skipped(name, beton)
+        for stage, meta in self.metas.items():
+            if restarts := meta.get("restarts"):
+                yield stage, f"was cut off and continued {restarts} time{'s' if restarts != 1 else ''}"
+        for stage in self.graph.stages:
+            if self.status(stage) == "started":
+                yield stage, "has started and not ended: it is going on, or was cut off (the same command continues it)"
+            waits = [line["data_wait"] for line in self.trainings.get(stage, []) if line.get("data_wait") is not None]
+            share = statistics.median(waits) if waits and self.graph.stages[stage].argv[0] == "train" else 0
+            if share > MUCH_WAITING:
+                yield stage, f"waited for data {100 * share:.0f} % of the time: more cores or num_workers would help"
+            yield from ((stage, text) for text in self._logged_warnings(stage))
+        methods = {arm.method for arm in self.arms}
+        if len(self.config.arms) > 1 and not methods & {"random", "random-samples"}:
+            yield "arms", "there is no random arm: without one of the same size, no gain can be told from chance"
+        if len(self.config.seeds) == 1:
+            yield "seeds", "one seed only: small differences between arms may be chance"
+        yield from (("files", text) for text in self.problems)
+
+    def _skipped(self, name: str, beton: Beton) -> Iterator[tuple[str, str]]:
+        content = self.attempt(lambda: read_json(sidecar(beton.path))) if sidecar(beton.path).exists() else None
+        meta = content.get("meta") if isinstance(content, dict) else None
+        skipped = meta.get("skipped", []) if isinstance(meta, dict) else []
+        if not isinstance(skipped, list) or not skipped:
+            return
+        yield name, f"{len(skipped)} unreadable images were left out"
+        yield from ((name, ": ".join(map(str, item))) for item in skipped[:SHOWN_SKIPPED] if isinstance(item, list))
+
+    def _logged_warnings(self, stage: str) -> list[str]:
+        path = self.out / "logs" / f"{stage}.log"
+        text = self.attempt(lambda: path.read_text(errors="replace")) if path.exists() else ""
+        lines = [line.partition("warning:")[2].strip() for line in (text or "").splitlines() if "warning:" in line[:12]]
+        return [line for line in dict.fromkeys(lines) if not line.startswith("skipped ")][:SHOWN_SKIPPED]
+
+    def last_sign(self) -> float | None:
+        """When the run last wrote anything, in seconds since the epoch."""
+        paths = [*self.out.glob("logs/*.log"), *self.out.glob("stages/*.json")]
+        return max((path.stat().st_mtime for path in paths), default=None)
+
+
+def stages_of(trial: Trial, part: str) -> list[str]:
+    """The names of the stages whose time is that of one of PARTS."""
+    if part == "surrogate":
+        return [stage for stage in trial.selection if stage == "surrogate"]
+    if part == "voting":
+        return [stage for stage in trial.selection if stage != "surrogate"]
+    return [trial.pretrain] if part == "pretraining" else list(trial.transfers.values())
+
+
+def run_folder(stage: Stage) -> Path:
+    """Where a training or transfer stage writes its metrics."""
+    return stage.output.with_name(stage.output.name + ".run") if stage.argv[0] == "transfer" else stage.output
+
+
+def read_run(out: Path) -> Run:
+    """Open what `dp4tl run --out` made. Anything else is a UserError."""
+    path = out / "config.json"
+    if not path.is_file():
+        raise UserError(f"{out} holds no run: pass the folder that `dp4tl run --out` made")
+    content = read_json(path)
+    if not isinstance(content, dict) or "targets" not in content:
+        raise UserError(f"{path} is not the config of a run: pass the folder that `dp4tl run --out` made")
+    config = validate(RunConfig, content, source=str(path))
+    return Run(out, config, Graph(config, out))
+
+
+def mean_std(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def thin(rows: list[Any], limit: int) -> list[Any]:
+    """At most `limit` of `rows`, evenly spread, the first and the last among them."""
+    if len(rows) <= limit:
+        return rows
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]

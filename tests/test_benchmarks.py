@@ -1,0 +1,99 @@
+"""Each benchmark runs in its smallest form and prints JSON that says what it ought to."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight small images of two classes."""
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(8):
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(40, 48, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def start(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    script = root / "benchmarks" / command[0]
+    return subprocess.run([sys.executable, str(script), *command[1:]], capture_output=True, text=True, cwd=root)
+
+
+def result(root: Path, *command: str) -> dict[str, Any]:
+    done = start(root, *command, "--runs", "2", "--warmup", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(done.stdout)
+    return content
+
+
+def check(content: dict[str, Any], *, cases: list[list[str]]) -> None:
+    assert [[row["name"] for row in found["rows"]] for found in content["comparisons"]] == cases
+    for row in [row for found in content["comparisons"] for row in found["rows"]]:
+        assert len(row["seconds"]) == 2 and 0 < row["min"] <= row["median"] <= row["max"]
+        assert row["items_per_second"] == pytest.approx(row["items"] / row["median"])
+        assert row["ratio_of_medians"] > 0 and row["median_of_pairwise_ratios"] > 0
+    for found in content["comparisons"]:
+        assert found["rows"][0]["ratio_of_medians"] == found["rows"][0]["median_of_pairwise_ratios"] == 1
+    assert content["machine"]["cores"] > 0 and len(content["machine"]["load_at_end"]) == 3
+    assert {"python", "numpy", "torch"} <= set(content["versions"])
+    assert content["command"].startswith(f"python benchmarks/{content['name'].partition('-')[0]}.py ")
+    assert len(content["source_hash"]) == 32 and set(content["git"]) == {"commit", "dirty"}
+
+
+def test_order(root: Path):
+    content = result(root, "order.py", "--samples", "3000", "--batch-size", "64", "--without", "ffcv")
+    check(content, cases=[["dp4tl", "torch randperm"], ["dp4tl", "torch", "ffcv-like"], ["dp4tl"], ["dp4tl"]])
+
+
+def test_votes(root: Path):
+    sizes = ["--classes=10", "--dim=8", "--lm-targets=300", "--fm-targets=300", "--source=300", "--prune-samples=500"]
+    content = result(root, "votes.py", *sizes, "--published-targets", "2", "--ranks", "2", "--threads", "1")
+    three = ["dp4tl 2 ranks", "published", "plain"]
+    check(content, cases=[three, three, three, ["dp4tl"]])
+
+
+def test_compact(root: Path, images: Path):
+    content = result(root, "compact.py", "--images", str(images), "--samples", "20")
+    check(content, cases=[["compact", "write", "copy"]])
+
+
+LOADER = ["--samples", "16", "--batch-size", "4", "--resolution", "16", "--threads", "1"]
+
+
+def test_loader_epoch(root: Path, images: Path):
+    content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, "--without", "ffcv")
+    check(content, cases=[["dp4tl", "torchvision"]])
+
+
+@pytest.mark.slow
+def test_loader_first(root: Path, images: Path):
+    """With stock FFCV, which compiles for several seconds in each process."""
+    content = result(root, "loader.py", "first", "--images", str(images), *LOADER, "--data", "full", "compacted")
+    check(content, cases=[["dp4tl", "dp4tl ever", "ffcv", "torchvision"], ["dp4tl", "ffcv"]])
+
+
+@pytest.mark.slow
+def test_loader_epoch_of_stock_ffcv(root: Path, images: Path):
+    content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, "--data", "subset")
+    check(content, cases=[["dp4tl", "ffcv", "torchvision"]])
+
+
+@pytest.mark.parametrize("script", [["loader.py", "epoch"], ["compact.py"]], ids=lambda script: script[0])
+def test_missing_images_are_one_line(root: Path, tmp_path: Path, script: list[str]):
+    done = start(root, *script, "--images", str(tmp_path / "absent"))
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and "--images" in done.stderr
+
+
+def test_a_worker_that_dies_ends_the_benchmark(root: Path):
+    code = "import harness; harness.Workers([['-c', 'raise SystemExit(3)']])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root / "benchmarks")
+    assert done.returncode == 1 and "ended early" in done.stderr
