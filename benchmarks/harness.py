@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -93,7 +94,7 @@ class Bench:
         """Print the JSON if that was asked for, and write the record if that was."""
         now = datetime.datetime.now(datetime.timezone.utc)
         options = {name: value for name, value in vars(self.arguments).items() if name not in ("json", "record")}
-        content = {
+        content: dict[str, Any] = {
             "name": self.name,
             "date": now.isoformat(timespec="seconds"),
             "command": shlex.join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
@@ -144,7 +145,7 @@ def _row(case: Case, seconds: list[float], first: Case, first_seconds: list[floa
     }
 
 
-def _show(found: Mapping[str, Any]) -> None:
+def _show(found: dict[str, Any]) -> None:
     table = Table(title=found["title"], title_justify="left")
     for name in ("case", "median", "min .. max", f"{found['unit']} a second", "x ours", "in pairs"):
         table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
@@ -182,21 +183,22 @@ class Workers:
 
     def __init__(self, commands: Sequence[Sequence[str]], environs: Sequence[Mapping[str, str]] = ()) -> None:
         environs = environs or [{}] * len(commands)
+        self.commands = [shlex.join([sys.executable, *command]) for command in commands]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, **environ},
             )
-            for command, environ in zip(commands, environs, strict=True)
+            for command, environ in zip(self.commands, environs, strict=True)
         ]  # fmt: skip
         for process in self.processes:
             self._answer(process)
 
-    def __call__(self) -> Seconds:
-        """The seconds of the slowest."""
+    def __call__(self, what: str = "run") -> Seconds:
+        """Let all run `what`; the seconds of the slowest."""
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write("run\n")
+            process.stdin.write(what + "\n")
             process.stdin.flush()
         return Seconds(max(float(self._answer(process)) for process in self.processes))
 
@@ -205,16 +207,18 @@ class Workers:
         line = process.stdout.readline()
         if not line:
             self.close()
-            raise RuntimeError(f"{process.args} ended early: its error stands above")
+            raise RuntimeError(f"{self.commands[self.processes.index(process)]} ended early: its error stands above")
         return line
 
     def close(self) -> None:
         for process in self.processes:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.close()
         for process in self.processes:
             process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     def __enter__(self) -> "Workers":
         return self
@@ -225,10 +229,10 @@ class Workers:
         self.close()
 
 
-def serve(run: Callable[[], object]) -> None:
-    """The other side of Workers: a run for each line that comes in, and its seconds as the answer."""
+def serve(run: Callable[[str], object]) -> None:
+    """The other side of Workers: `run` with each line that comes in, and its seconds as the answer."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print is not an answer
         print("ready", file=answers, flush=True)
-        for _ in sys.stdin:
-            print(_seconds(run), file=answers, flush=True)
+        for line in sys.stdin:
+            print(_seconds(partial(run, line.strip())), file=answers, flush=True)

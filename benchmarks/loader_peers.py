@@ -87,7 +87,7 @@ def main() -> None:
         os._exit(0)  # the loaders' own ends are not what is measured
     numbers = iter(range(1 << 30))
 
-    def run() -> None:
+    def run(_: str) -> None:
         for _ in epoch(next(numbers)):
             pass
 

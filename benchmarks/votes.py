@@ -8,6 +8,7 @@ import argparse
 import os
 import socket
 import tempfile
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from dp4tl_dist.data.beton import RAW, BetonWriter, open_beton
 from dp4tl_dist.prune.make import prune
 from dp4tl_dist.prune.votes_file import Votes, save_votes
 
-SIZES = ("classes", "dim", "lm_targets", "fm_targets", "source")
+SIZES = ("classes", "dim", "lm_targets", "fm_targets", "source", "threads")
 
 
-def ranks(what: str, num_ranks: int, arguments: argparse.Namespace) -> Workers:
+def start_ranks(num_ranks: int, arguments: argparse.Namespace) -> Workers:
+    """Ranks that answer to "lm", "fm" and "means"."""
     script = Path(__file__).with_name("votes_ranks.py")
     sizes = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in SIZES]
     with socket.socket() as probe:
@@ -35,23 +37,17 @@ def ranks(what: str, num_ranks: int, arguments: argparse.Namespace) -> Workers:
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    if arguments.threads:
-        sizes.append(f"--threads={arguments.threads}")
     environs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    return Workers([[str(script), what, *sizes]] * num_ranks, environs)
+    return Workers([[str(script), *sizes]] * num_ranks, environs)
 
 
-def compare(bench: Bench, title: str, what: str, items: int, peers: list[Case], arguments: argparse.Namespace) -> None:
-    """This project with each number of ranks, and `peers`, which run in this process."""
-    workers = {count: ranks(what, count, arguments) for count in arguments.ranks}
-    names = {count: f"dp4tl {count} rank{'s' if count > 1 else ''}" for count in workers}
+def our_cases(what: str, items: int, ranks: dict[int, Workers]) -> list[Case]:
+    names = {count: f"dp4tl {count} rank{'s' if count > 1 else ''}" for count in ranks}
     note = "sums are exact: the same bits for any batches and ranks"
-    cases = [Case(names[count], run, items, note if i == 0 else "") for i, (count, run) in enumerate(workers.items())]
-    try:
-        bench.compare(title, [*cases, *peers], unit="images")
-    finally:
-        for each in workers.values():
-            each.close()
+    return [
+        Case(names[count], partial(workers, what), items, "" if i else note)
+        for i, (count, workers) in enumerate(ranks.items())
+    ]
 
 
 # ---------------------------------------------------------------- the peers
@@ -100,34 +96,41 @@ def means_plain(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 # ---------------------------------------------------------------- the questions
 
 
-def compare_votes(bench: Bench, arguments: argparse.Namespace) -> None:
+def compare_lm(bench: Bench, arguments: argparse.Namespace, ranks: dict[int, Workers]) -> None:
     classes, n = arguments.classes, arguments.lm_targets
     logits = votes_ranks.draw(n, classes, seed=0)
-    peers = [
+    cases = [
+        *our_cases("lm", n, ranks),
         Case("published", lambda: lm_published(logits), n, "argmax, then one comparison for each class; no affinity"),
         Case("plain", lambda: lm_plain(logits), n, "argmax, bincount and float32 softmax sums"),
     ]
-    compare(bench, f"LM votes of {n} images over {classes} classes", "lm", n, peers, arguments)
+    bench.compare(f"LM votes of {n} images over {classes} classes", cases, unit="images")
 
-    few, n = arguments.published_targets, arguments.fm_targets
-    features, centres = votes_ranks.draw(n, arguments.dim, seed=1), votes_ranks.draw(classes, arguments.dim, seed=4)
+
+def compare_fm(bench: Bench, arguments: argparse.Namespace, ranks: dict[int, Workers]) -> None:
+    classes, dim, few, n = arguments.classes, arguments.dim, arguments.published_targets, arguments.fm_targets
+    features, centres = votes_ranks.draw(n, dim, seed=1), votes_ranks.draw(classes, dim, seed=4)
     note = f"a Python loop over images and classes, on {few} images; its wrong slot mended"
-    peers = [
+    cases = [
+        *our_cases("fm", n, ranks),
         Case("published", lambda: fm_published(features[:few], centres), few, note),
         Case("plain", lambda: fm_plain(features, centres), n, "float32 cdist, argmin, sums"),
     ]
-    compare(bench, f"FM votes of {n} images over {classes} centres of {arguments.dim}", "fm", n, peers, arguments)
+    bench.compare(f"FM votes of {n} images over {classes} centres of {dim}", cases, unit="images")
 
-    n = arguments.source
+
+def compare_means(bench: Bench, arguments: argparse.Namespace, ranks: dict[int, Workers]) -> None:
+    classes, n = arguments.classes, arguments.source
     features, labels = votes_ranks.draw(n, arguments.dim, seed=2), votes_ranks.labels_of(n, classes)
     rows_of_class: list[list[NDArray[np.float32]]] = [[] for _ in range(classes)]
     for row, label in zip(features.numpy(), labels.tolist(), strict=True):
         rows_of_class[label].append(row)
-    peers = [
+    cases = [
+        *our_cases("means", n, ranks),
         Case("published", lambda: means_published(rows_of_class), n, "class by class, of features it keeps as lists"),
         Case("plain", lambda: means_plain(features, labels, classes), n, "float32 index_add, all in memory"),
     ]
-    compare(bench, f"class means of {n} source images, {arguments.dim} features", "means", n, peers, arguments)
+    bench.compare(f"class means of {n} source images, {arguments.dim} features", cases, unit="images")
 
 
 def compare_prune(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -159,8 +162,10 @@ def main() -> None:
     arguments = harness.parse(parser)
     bench = Bench("votes", arguments)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    with torch.inference_mode():
-        compare_votes(bench, arguments)
+    with ExitStack() as stack, torch.inference_mode():
+        ranks = {count: stack.enter_context(start_ranks(count, arguments)) for count in arguments.ranks}
+        for compare in (compare_lm, compare_fm, compare_means):
+            compare(bench, arguments, ranks)
     compare_prune(bench, arguments)
     bench.finish()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 
 import harness
 import numpy as np
@@ -45,62 +46,60 @@ def labels_of(rows: int, classes: int) -> Tensor:
 class Rank:
     """What the streaming pass does after the network, on tensors that are there already."""
 
-    def __init__(self, world: World, arguments: argparse.Namespace) -> None:
-        self.world, self.arguments = world, arguments
+    def __init__(self, world: World, sizes: argparse.Namespace) -> None:
+        self.world, self.sizes = world, sizes
+        self.logits = draw(sizes.lm_targets, sizes.classes, seed=0)
+        self.features = draw(sizes.fm_targets, sizes.dim, seed=1)
+        self.source, self.labels = draw(sizes.source, sizes.dim, seed=2), labels_of(sizes.source, sizes.classes)
+        self.centres = draw(sizes.classes, sizes.dim, seed=4).double()
+
+    def run(self, what: str) -> None:
+        if what == "lm":
+            self.vote(self.logits, lm_tally)
+        elif what == "fm":
+            self.vote(self.features, lambda rows: fm_tally(rows, self.centres))
+        else:
+            self.means()
 
     def batches(self, num_rows: int) -> list[NDArray[np.int64]]:
         ranks, rank = self.world.num_ranks, self.world.rank
         return inference_batches(np.arange(num_rows), batch_size=BATCH_SIZE, num_ranks=ranks, rank=rank)
 
-    def prepare(self, what: str) -> None:
-        sizes = self.arguments
-        if what == "lm":
-            self.rows = draw(sizes.lm_targets, sizes.classes, seed=0)
-        elif what == "fm":
-            self.rows = draw(sizes.fm_targets, sizes.dim, seed=1)
-            self.centres = draw(sizes.classes, sizes.dim, seed=4).double()
-        else:
-            self.rows, self.labels = draw(sizes.source, sizes.dim, seed=2), labels_of(sizes.source, sizes.classes)
-
-    def vote(self, what: str) -> None:
-        votes = torch.zeros(self.arguments.classes, dtype=torch.int64)
+    def vote(self, rows: Tensor, judge: Callable[[Tensor], Tally]) -> None:
+        votes = torch.zeros(self.sizes.classes, dtype=torch.int64)
         affinity, top, predictions = votes.clone(), 0.0, [votes[:0]]
-        batches = self.batches(len(self.rows))
+        batches = self.batches(len(rows))
         for batch in batches:
-            rows = self.rows[batch[0] : batch[-1] + 1]
-            tally: Tally = lm_tally(rows) if what == "lm" else fm_tally(rows, self.centres)
+            tally = judge(rows[batch[0] : batch[-1] + 1])
             votes += tally.votes
             affinity += tally.affinity
             predictions.append(tally.predictions)
             top = max(top, tally.largest)
-        check_sums(float(all_max(self.world, np.array([top]))[0]), len(self.rows), what="outputs are")
+        check_sums(float(all_max(self.world, np.array([top]))[0]), len(rows), what="outputs are")
         all_sum(self.world, affinity.numpy())
         all_sum(self.world, votes.numpy())
         places = np.concatenate([np.zeros(0, np.int64), *batches])
-        gather_rows(self.world, places, torch.cat(predictions).numpy(), len(self.rows))
+        gather_rows(self.world, places, torch.cat(predictions).numpy(), len(rows))
 
     def means(self) -> None:
-        sums = torch.zeros(self.arguments.classes, self.arguments.dim, dtype=torch.int64)
-        counts, top = torch.zeros(self.arguments.classes, dtype=torch.int64), 0.0
-        for batch in self.batches(len(self.rows)):
+        sums = torch.zeros(self.sizes.classes, self.sizes.dim, dtype=torch.int64)
+        counts, top = torch.zeros(self.sizes.classes, dtype=torch.int64), 0.0
+        for batch in self.batches(len(self.source)):
             rows = slice(batch[0], batch[-1] + 1)
-            add_group_sums(sums, counts, self.rows[rows], self.labels[rows])
-            top = max(top, largest(self.rows[rows]))
-        check_sums(float(all_max(self.world, np.array([top]))[0]), len(self.rows), what="features are")
+            add_group_sums(sums, counts, self.source[rows], self.labels[rows])
+            top = max(top, largest(self.source[rows]))
+        check_sums(float(all_max(self.world, np.array([top]))[0]), len(self.source), what="features are")
         total = from_units(torch.from_numpy(all_sum(self.world, sums.numpy())))
         centres_of(total.numpy(), all_sum(self.world, counts.numpy()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("lm", "fm", "means"))
     add_sizes(parser)
-    arguments = parser.parse_args()
+    sizes = parser.parse_args()
     with joined("cpu", timeout_s=600) as world, torch.inference_mode():
-        torch.set_num_threads(arguments.threads or torch.get_num_threads())
-        rank = Rank(world, arguments)
-        rank.prepare(arguments.what)
-        harness.serve(rank.means if arguments.what == "means" else lambda: rank.vote(arguments.what))
+        torch.set_num_threads(sizes.threads or torch.get_num_threads())
+        harness.serve(Rank(world, sizes).run)
         os._exit(0)  # rank 0 may end first, and with it the others' rendezvous
 
 

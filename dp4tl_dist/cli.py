@@ -9,20 +9,38 @@ from collections.abc import Sequence
 from dp4tl_dist import __version__, verbs_data, verbs_train
 from dp4tl_dist.arguments import Parser
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError
-from dp4tl_dist.launcher import report_error
+from dp4tl_dist.launcher import die_with_parent, report_error
+from dp4tl_dist.world import leave, lost_others
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 2 bad input, 75 stopped and saved, 1 a failure of its own."""
     try:
+        return carry_out(argv)
+    finally:
+        leave()
+
+
+def carry_out(argv: Sequence[str] | None) -> int:
+    """Run one verb, and tell how it ended."""
+    # Threads that spin while they wait slow each other down many times over where cores are shared. Read by OpenMP when
+    # torch loads it, which no import above does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()  # torchrun starts ranks that would outlive it
         args = build_parser().parse_args(argv)
         args.run(args)
     except UserError as error:
         return fail(EXIT_BAD_INPUT, str(error))
     except Stopped as stop:
         return fail(EXIT_STOPPED, str(stop), kind="stopped")
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        return fail(EXIT_FAILURE, f"{error or type(error).__name__}")
+    except (RuntimeError, FloatingPointError, OSError, MemoryError) as error:
+        if lost_others(error):
+            time.sleep(1)  # the rank that is the cause speaks first
+            line = str(error).strip().splitlines()[0]
+            return fail(EXIT_FAILURE, f"another rank ended, or does not answer any more ({line})", consequence=True)
+        return fail(EXIT_FAILURE, out_of_memory(error) or f"{error or type(error).__name__}")
     except Exception as error:  # a defect: show where, and still tell whoever started this rank
         traceback.print_exc()
         return fail(EXIT_FAILURE, f"{type(error).__name__}: {error}")
@@ -31,9 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def fail(code: int, message: str, *, kind: str = "error") -> int:
+def out_of_memory(error: BaseException) -> str:
+    """What to tell where memory was the reason, the host's or the GPU's; empty where it was not."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text or type(error).__name__}): lower train.batch_size or data.num_workers"
+    return ""
+
+
+def fail(code: int, message: str, *, kind: str = "error", consequence: bool = False) -> int:
     """Print one line, leave it for whoever started this rank, and return the code."""
-    report_error(code, message)
+    report_error(code, message, consequence=consequence)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     # Bad input is bad on every rank alike, and a stop is agreed: one line is enough.
     if rank != "0" and code == EXIT_BAD_INPUT:
@@ -46,7 +72,7 @@ def fail(code: int, message: str, *, kind: str = "error") -> int:
 
 VERBS = (
     verbs_data.write, verbs_data.info, verbs_train.train, verbs_data.vote, verbs_data.prune,
-    verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_data.doctor,
+    verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_train.report, verbs_data.doctor,
 )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ class DataConfig(Table):
     """Smallest share of the image's area that a random resized crop takes."""
     flip: bool = True
     """Mirror half of the training samples."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What an image that cannot be decoded does to the run. "skip": it is named, counted and left out of the loss."""
 
 
 class ModelConfig(Table):
@@ -165,7 +167,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}): check --config") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # syntax, letters, numbers of thousands of digits, endless nesting
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(content, dict):
@@ -195,7 +199,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             raise UserError(f"--set {override!r} is not of the form table.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         here = result
         for key in keys[:-1]:

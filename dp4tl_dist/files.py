@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shlex
@@ -188,8 +189,7 @@ def load_npz(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, 
             # npz members are stored uncompressed, so a larger claim than the file is a lie.
             if claimed > path.stat().st_size or claimed > MAX_ARRAY_BYTES:
                 raise UserError(f"{path} claims {claimed} bytes of arrays, more than the file holds: write it again")
-        with np.load(path, allow_pickle=False) as archive_np:
-            arrays = {name: archive_np[name] for name in archive_np.files}
+            arrays = {item.filename.removesuffix(".npy"): _read_member(archive, item) for item in archive.infolist()}
         meta = json.loads(str(arrays.pop("meta")))
     except UserError:
         raise
@@ -199,6 +199,18 @@ def load_npz(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, 
         found = meta.get("kind") if isinstance(meta, dict) else None
         raise UserError(f"{path} is a {found!r} file, and a {kind!r} file is needed here")
     return arrays, meta
+
+
+def _read_member(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> NDArray[Any]:
+    """One array of an npz. Its header is held against the member's size before anything of that size is allocated."""
+    with archive.open(item) as member:
+        major, _ = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        if math.prod(shape) * dtype.itemsize != item.file_size - member.tell():
+            raise ValueError(f"{item.filename} claims {dtype} {shape}, which is not what it holds")
+        member.seek(0)
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def require_array(path: Path, arrays: Mapping[str, NDArray[Any]], name: str, *, dtype: str, ndim: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -31,12 +32,15 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def report_error(code: int, message: str) -> None:
-    """Leave an error for the process that started this stage; the first rank to fail wins."""
+def report_error(code: int, message: str, *, consequence: bool = False) -> None:
+    """Leave an error for the process that started this stage; the first rank to fail wins.
+
+    consequence: whether it only tells that another rank is gone.
+    """
     path = os.environ.get(ERROR_FILE)
     if path:
         with contextlib.suppress(FileExistsError), open(path, "x") as handle:
-            json.dump({"code": code, "message": message}, handle)
+            json.dump({"code": code, "message": message, "consequence": consequence}, handle)
 
 
 def command(argv: Sequence[str], nproc: int) -> list[str]:
@@ -47,13 +51,30 @@ def command(argv: Sequence[str], nproc: int) -> list[str]:
     return [sys.executable, *torchrun, "-m", "dp4tl_dist", *argv]
 
 
+REASONS = {
+    "SIGKILL": "is the machine out of memory?",
+    "SIGBUS": "was a file cut short while it was read, or is /dev/shm full?",
+}
+
+
+def killed(code: int, tail: Iterable[str]) -> str:
+    """Which rank a signal ended, by the stage's exit code or torchrun's summary; empty where none did."""
+    summary = "\n".join(tail).partition("Root Cause")[2]
+    found = re.search(r"rank +: (\d+) .*exitcode +: -(\d+)", summary, flags=re.DOTALL)
+    if not found and code >= 0:
+        return ""
+    rank, number = (found[1], int(found[2])) if found else ("0", -code)
+    name = signal.Signals(number).name
+    return f"rank {rank} was ended by {name}" + (f" ({REASONS[name]})" if name in REASONS else "")
+
+
 class StageProcess:
     """Runs one stage to its end; signals that ask this process to stop are passed on and waited for."""
 
     def __init__(self, argv: Sequence[str], *, nproc: int, log: Path, label: str) -> None:
         self.argv, self.nproc, self.log, self.label = argv, nproc, log, label
         self.name = log.stem
-        self.tail: deque[str] = deque(maxlen=20)
+        self.tail: deque[str] = deque(maxlen=40)
         self.asked_to_stop = False
 
     def run(self) -> None:
@@ -85,6 +106,8 @@ class StageProcess:
             raise Stopped(message or f"{self.name}: stopped; run the same command again to continue")
         if error and error["code"] == EXIT_BAD_INPUT:
             raise UserError(f"{self.name}: {message}")
+        if not error or error["consequence"]:
+            message = killed(code, self.tail) or message
         last = message or next((line for line in reversed(self.tail) if line.strip()), f"exit code {code}")
         raise RuntimeError(f"{self.name} failed: {last} (log: {self.log})")
 

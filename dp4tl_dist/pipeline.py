@@ -38,6 +38,9 @@ def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
             else:
                 carry_out(graph, stage, record, key, label)
         write_table(collect(graph), out)
+        from dp4tl_dist.report.html import write_report  # drawing takes a second to import: not for --dry-run
+
+        say(f"report: {write_report(out)}")
 
 
 def plan(graph: Graph) -> list[tuple[Stage, str]]:
@@ -63,8 +66,13 @@ def carry_out(graph: Graph, stage: Stage, record: dict[str, Any], key: str, labe
     resumes = record.get("key") == key and record.get("status") == "running"
     if not resumes:
         record = {"name": stage.name, "key": key, "seconds": 0.0}
-        for old in (stage.output, *stage.also, stage.output.with_name(stage.output.name + ".run")):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        shutil.rmtree(stage.output.with_name(stage.output.name + ".run"), ignore_errors=True)
+    for old in (stage.output, *stage.also):
+        # A run folder is continued; a file that the last attempt made before it was cut off would be in the way.
+        if not old.is_dir():
+            old.unlink(missing_ok=True)
+        elif not resumes:
+            shutil.rmtree(old)
     if stage.config is not None:
         write_json(graph.config_path(stage.name), stage.config)
     stage.output.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +107,21 @@ def stage_key(graph: Graph, stage: Stage) -> str:
     Paths count by their content alone, so that a run folder can be moved. How often a stage logs or saves, and on how
     many ranks it runs, does not change what it makes.
     """
-    inputs = {str(path): content_digest(path) for path in stage.inputs}
+    contents = {str(path): content_digest(path) for path in stage.inputs}
+    out = str(graph.out)
+
+    def unplaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: unplaced(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [unplaced(item) for item in value]
+        if isinstance(value, str) and value not in contents:
+            return "RUN" + value[len(out) :] if Path(value).is_relative_to(out) else value
+        return contents[value] if isinstance(value, str) else value
+
     config = {key: value for key, value in (stage.config or {}).items() if key not in ("log", "checkpoint")}
-    text = json.dumps({"argv": stage.argv, "config": config, "inputs": inputs, "version": __version__}, sort_keys=True)
-    for path in sorted(inputs, key=len, reverse=True):
-        text = text.replace(json.dumps(path)[1:-1], inputs[path])
-    text = text.replace(json.dumps(str(graph.out))[1:-1], "RUN")
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    whole = {"argv": stage.argv, "config": config, "inputs": list(contents), "version": __version__}
+    return hashlib.blake2b(json.dumps(unplaced(whole), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def output_digest(stage: Stage) -> str:

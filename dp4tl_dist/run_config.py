@@ -102,12 +102,21 @@ class RunConfig(Table):
             raise ValueError("at least one arm, and none twice")
         return arms
 
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError("at least one seed, and none twice")
+        return seeds
+
     @field_validator("targets")
     @classmethod
     def _plain_names(cls, targets: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
         if not targets:
             raise ValueError("at least one target: add [targets.NAME] with train and test")
         for name in targets:
+            if name == "source":
+                raise ValueError("'source' cannot name a target: the source's files have that name")
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a target: use letters, digits, '_', '-' and '.'")
         return targets

@@ -68,11 +68,12 @@ class Graph:
         if origin.endswith(".beton"):
             return Path(origin)
         output, write = self.out / "data" / f"{name}.beton", self.config.write
-        what = ("--synthetic", origin.removeprefix(SYNTHETIC)) if origin.startswith(SYNTHETIC) else ("--images", origin)
+        is_drawn = origin.startswith(SYNTHETIC)
+        what = ("--synthetic", origin.removeprefix(SYNTHETIC)) if is_drawn else ("--images", str(Path(origin)))
         argv = ["write", *what, "--out", str(output), "--max-side", str(write.max_side),
                 "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
         argv += ["--skip-bad"] if write.skip_bad else []
-        inputs = () if origin.startswith(SYNTHETIC) else (Path(origin),)
+        inputs = () if is_drawn else (Path(origin),)
         return self._add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
 
     def _train(

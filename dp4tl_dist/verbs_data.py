@@ -142,7 +142,7 @@ def run_prune(args: argparse.Namespace) -> None:
 
 
 def parse_weights(text: str | None) -> list[float] | None:
-    """"2,1" -> [2.0, 1.0]"""
+    """ "2,1" -> [2.0, 1.0]"""
     from dp4tl_dist.errors import UserError
 
     try:

@@ -1,4 +1,4 @@
-"""The verbs that train: train, transfer, run. What a verb needs is imported only when that verb runs."""
+"""The verbs that train and show: train, transfer, run, report. What a verb needs is imported only when it runs."""
 
 import argparse
 import json
@@ -79,3 +79,17 @@ def run_run(args: argparse.Namespace) -> None:
 
     nproc = [f"nproc={args.nproc}"] if args.nproc is not None else []
     run(load_config(RunConfig, args.config, [*args.set, *nproc]), out=args.out, dry_run=args.dry_run)
+
+
+def report(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "report", run_report, "Write RUN_DIR/report.html: one page that shows a run, finished or not."
+    )
+    parser.add_argument("path", type=Path, metavar="RUN_DIR", help="the folder that `dp4tl run --out` made")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from dp4tl_dist.log import say
+    from dp4tl_dist.report.html import write_report
+
+    say(f"report: {write_report(args.path)}")

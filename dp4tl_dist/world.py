@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -154,10 +155,23 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=None if world.device == "cpu" else torch.device(world.device),
     )
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    leave()  # a rank that fails gets here by `cli.main`, when its error is told: the others fail at once, and later
+
+
+def leave() -> None:
+    """Leave the group of ranks, if this process is in one."""
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error",
+        "Watchdog caught collective", "ncclRemoteError", "ncclSystemError")  # fmt: skip
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether a collective failed since another rank ended or no longer answers: a consequence, not a cause."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 
 
 # ---------------------------------------------------------------- collectives, the identity for a single rank

@@ -68,20 +68,16 @@ def test_compact(root: Path, images: Path):
 LOADER = ["--samples", "16", "--batch-size", "4", "--resolution", "16", "--threads", "1"]
 
 
-def test_loader_epoch(root: Path, images: Path):
-    content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, "--without", "ffcv")
-    check(content, cases=[["dp4tl", "torchvision"]])
+@pytest.mark.parametrize("part", ["epoch", "first"])
+def test_loader(root: Path, images: Path, part: str):
+    without = ["--without", "ffcv", "torchvision"]
+    content = result(root, "loader.py", part, "--images", str(images), *LOADER, "--data", "compacted", *without)
+    check(content, cases=[["dp4tl"]])
 
 
 @pytest.mark.slow
-def test_loader_first(root: Path, images: Path):
-    """With stock FFCV, which compiles for several seconds in each process."""
-    content = result(root, "loader.py", "first", "--images", str(images), *LOADER, "--data", "full", "compacted")
-    check(content, cases=[["dp4tl", "dp4tl ever", "ffcv", "torchvision"], ["dp4tl", "ffcv"]])
-
-
-@pytest.mark.slow
-def test_loader_epoch_of_stock_ffcv(root: Path, images: Path):
+def test_loader_with_its_peers(root: Path, images: Path):
+    """Stock FFCV compiles for several seconds."""
     content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, "--data", "subset")
     check(content, cases=[["dp4tl", "ffcv", "torchvision"]])
 

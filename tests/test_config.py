@@ -132,8 +132,9 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("a.b=3", 3), ("a.b=0.5", 0.5), ("a.b=true", True), ("a.b=5e-5", 5e-5), ('a.b="3"', "3"), ("a.b=x y.beton", "x y.beton"),
-        ("a.b='it=1'", "it=1"), ("a.b=p=q", "p=q"), ("a.b=", ""), ("a.b=[1, 2]", [1, 2]), ("a.b={c = 1}", {"c": 1}),
+        ("a.b=3", 3), ("a.b=0.5", 0.5), ("a.b=true", True), ("a.b=5e-5", 5e-5), ('a.b="3"', "3"),
+        ("a.b=x y.beton", "x y.beton"), ("a.b='it=1'", "it=1"), ("a.b=p=q", "p=q"), ("a.b=", ""),
+        ("a.b=[1, 2]", [1, 2]), ("a.b={c = 1}", {"c": 1}),
         (' a.b = 7', 7), ('a.b="Grüße"', "Grüße"), ("a.b=/p/it's \"x\"", "/p/it's \"x\""),
     ],
 )  # fmt: skip

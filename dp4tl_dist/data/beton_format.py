@@ -29,6 +29,8 @@ TYPES = {1: np.dtype("<i8"), 2: IMAGE}
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
 MAX_CLASSES = 1 << 17
 """Bounds what a damaged label can make us allocate; the largest label sets in use have about 20,000 classes."""
+MAX_PIXELS = 1 << 27
+"""Bounds what a small payload that claims large sides can make a decoding thread allocate: 400 MB."""
 
 
 def metadata_dtype(fields: Iterable[int]) -> np.dtype[Any]:
@@ -120,4 +122,6 @@ def payload_sizes(
     raw = columns["mode"] == RAW
     if columns["mode"].max() > RAW or area.min() == 0 or (raw & (sizes != area * np.uint64(3))).any():
         damaged(path, "image modes or sides that do not fit the payloads")
+    if area.max() > MAX_PIXELS:
+        damaged(path, f"an image of {area.max()} pixels, and the most is {MAX_PIXELS}")
     return sizes

@@ -20,6 +20,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton import RAW, Beton
+from dp4tl_dist.log import warn
 
 
 @contextlib.contextmanager
@@ -190,11 +191,16 @@ class View(Protocol):
 
 
 class CropDecoder(Operation):
-    """FFCV's first stage: positions in a beton to pixels uint8 (batch, resolution, resolution, 3)."""
+    """FFCV's first stage: positions in a beton to pixels uint8 (batch, resolution, resolution, 3).
 
-    def __init__(self, beton: Beton, view: View, *, pool: Executor, num_workers: int) -> None:
+    skipped: bool (samples,), where samples that cannot be decoded are marked and come out black. None: they are errors.
+    """
+
+    def __init__(
+        self, beton: Beton, view: View, *, pool: Executor, num_workers: int, skipped: NDArray[np.bool_] | None = None
+    ) -> None:
         super().__init__()
-        self.beton, self.view, self.pool, self.num_workers = beton, view, pool, num_workers
+        self.beton, self.view, self.pool, self.num_workers, self.skipped = beton, view, pool, num_workers, skipped
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         shape, dtype = (self.view.resolution, self.view.resolution, 3), np.dtype("u1")
@@ -217,10 +223,21 @@ class CropDecoder(Operation):
             beton.heights[batch].astype(np.int64), beton.widths[batch].astype(np.int64), boxes, flips, output,
             pool=self.pool, num_workers=self.num_workers,
         )  # fmt: skip
-        if status.any():
-            bad = int(np.flatnonzero(status)[0])
-            raise BadSampleError(
-                f"{beton.path}: the sample at position {batch[bad]} (identifier {beton.identifiers[batch[bad]]}) "
-                f"cannot be decoded, as {STATUS[int(status[bad])]}: write the file again, or leave the sample out"
-            )
+        for row in np.flatnonzero(status):
+            self._refuse(int(batch[row]), STATUS[int(status[row])])
+            output[row] = 0
         return output
+
+    def _refuse(self, position: int, why: str) -> None:
+        beton = self.beton
+        text = (
+            f"{beton.path}: the sample at position {position} (identifier {beton.identifiers[position]}) "
+            f"cannot be decoded, as {why}: "
+        )
+        if self.skipped is None:
+            raise BadSampleError(
+                text + 'write the file again, or leave such samples out with data.on_bad_sample = "skip"'
+            )
+        if not self.skipped[position]:
+            warn(text + "it is left out of the loss")
+        self.skipped[position] = True

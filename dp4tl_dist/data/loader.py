@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,11 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dp4tl_dist.data import augment, decode
-from dp4tl_dist.data.beton import Beton
+from dp4tl_dist.data.beton import Beton, fingerprint
 from dp4tl_dist.data.order import check_indices
 from dp4tl_dist.data.steps import MappedFile, PageCache, Steps
+from dp4tl_dist.errors import UserError
 
 BATCHES_AHEAD = 3
+IGNORED = -100
+"""The label of a sample that cannot be decoded, where such samples are skipped."""
+
+
+class ChangedFileError(RuntimeError):
+    """A beton is not the one any more that was opened."""
 
 
 class Batch(NamedTuple):
@@ -72,11 +80,22 @@ class BetonLoader:
 
     device: where batches are to arrive, "cpu" or "cuda:I". num_workers: decoding threads. os_cache: map the file and
     leave caching to the operating system; else hold just the pages that the coming batches need, for files larger than
-    memory and an order that draws from a window of pages.
+    memory and an order that draws from a window of pages. skip_bad: samples that cannot be decoded come as black images
+    with the label IGNORED, each with a warning the first time, and are no error.
     """
 
-    def __init__(self, beton: Beton, *, device: str = "cpu", num_workers: int = 1, os_cache: bool = True) -> None:
+    def __init__(
+        self,
+        beton: Beton,
+        *,
+        device: str = "cpu",
+        num_workers: int = 1,
+        os_cache: bool = True,
+        skip_bad: bool = False,
+    ) -> None:
         self.beton = beton
+        self._stamp = stamp(beton.path)
+        self._skipped = np.zeros(beton.num_samples, np.bool_) if skip_bad else None
         self.device = torch.device(device)
         self.num_workers = num_workers
         self._pages = (MappedFile if os_cache else PageCache)(beton)
@@ -86,8 +105,9 @@ class BetonLoader:
     def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
         """One Batch for each array of positions, in that order; the arrays may have any lengths.
 
-        Raises UserError at once for positions that repeat or are not in the file, and BadSampleError from the step that
-        meets a damaged sample. Closing the iterator ends its threads; leaving a `for` early drops and so closes it.
+        Raises UserError at once for positions that repeat or are not in the file; from the step that meets it
+        BadSampleError for a damaged sample and ChangedFileError for a file that was replaced or cut short.
+        Closing the iterator ends its threads; leaving a `for` early drops and so closes it.
         """
         if not len(batches):
             return self._run([], view)
@@ -101,9 +121,26 @@ class BetonLoader:
         steps = Steps(self._plan(max(map(len, batches)), view), batches)
         try:
             for batch, images in zip(batches, steps, strict=True):
-                yield Batch(images, self._attach(self.beton.labels[batch]), self._attach(self.beton.identifiers[batch]))
+                labels = self.beton.labels[batch]
+                if self._skipped is not None:
+                    labels = np.where(self._skipped[batch], IGNORED, labels)
+                yield Batch(images, self._attach(labels), self._attach(self.beton.identifiers[batch]))
         finally:
             steps.close()
+
+    def _check_file(self) -> None:
+        """Raise ChangedFileError where the file is another one now, or shorter: its pages would be other images, or
+        none, and reading a mapped file past its end kills the process. A file that is gone is still mapped."""
+        now = stamp(self.beton.path)
+        if now in (self._stamp, None):
+            return
+        try:
+            same = fingerprint(self.beton.path) == self.beton.fingerprint
+        except UserError:
+            same = False
+        if not same:
+            raise ChangedFileError(f"{self.beton.path} was changed while it was read: put it back and run again")
+        self._stamp = now
 
     def _attach(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -111,7 +148,9 @@ class BetonLoader:
 
     def _plan(self, batch_size: int, view: TrainView | CentreView) -> SimpleNamespace:
         """What FFCV's epoch takes from its loader: the stages, the sizes and the source of pages."""
-        decoder = decode.CropDecoder(self.beton, view, pool=self._pool, num_workers=self.num_workers)
+        decoder = decode.CropDecoder(
+            self.beton, view, pool=self._pool, num_workers=self.num_workers, skipped=self._skipped
+        )
         moves = [] if self.device.type == "cpu" else [decode.ToDevice(self.device, non_blocking=True)]
         stages = [decoder, decode.ToTensor(), *moves, decode.ToTorchImage(channels_last=True)]
         with _plain_stages():
@@ -123,7 +162,17 @@ class BetonLoader:
         return SimpleNamespace(
             graph=graph, code=code, memory_manager=self._pages, reader=SimpleNamespace(metadata={"f0": None}),
             batch_size=batch_size, batches_ahead=BATCHES_AHEAD, traversal_order=None, device=self.device,
+            check_file=self._check_file,
         )  # fmt: skip
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced: size, time and number; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 @contextlib.contextmanager

@@ -74,7 +74,9 @@ class Steps(EpochIterator):
                 slot = step % len(reusable)
                 if self.cuda_streams[slot] is not None:
                     self.cuda_streams[slot].synchronize()  # the last copy out of this slot's pinned memory is done
+                self.loader.check_file()
                 (images,) = self.run_pipeline(step, batch, slot, reusable[slot])
+                self.loader.check_file()
                 self._hand_over(slot, images)
                 if self.cuda_streams[slot] is not None:
                     # The queue had room: so the consumer has launched all work on the oldest slot.

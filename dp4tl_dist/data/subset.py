@@ -46,7 +46,8 @@ def load_subset(path: Path, *, beton: Beton | None) -> Subset:
         expected = inputs.get("source") if isinstance(inputs, dict) else None
         check_fingerprint("source", expected, beton.fingerprint, expected_from=path, actual_from=beton.path)
         check_indices(indices, beton.num_samples, what=str(path))
-    if len(indices) == 0 or indices[0] < 0 or (np.diff(indices) <= 0).any() or (np.diff(groups) <= 0).any():
+    rising = all((ids[:1] >= 0).all() and (ids[1:] > ids[:-1]).all() for ids in (indices, groups))
+    if len(indices) == 0 or not rising:
         raise UserError(f"{path} is empty, unsorted or has repeats: make it again with `dp4tl prune`")
     return Subset(indices, groups, float(ratio), method, meta)
 

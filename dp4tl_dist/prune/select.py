@@ -114,10 +114,10 @@ def _class_id(text: str, ids: dict[str, int], where: str) -> int | None:
     if name in ids:
         return ids[name]
     if name.isascii() and name.isdigit():
-        if int(name) < len(ids):
+        if len(name) < 20 and int(name) < len(ids):  # Python refuses thousands of digits
             return int(name)
         raise UserError(f"{where}: class id {name} is past the last one, {len(ids) - 1}")
-    close = difflib.get_close_matches(name, ids, n=3, cutoff=0.5) or list(ids)[:3]
+    close = difflib.get_close_matches(name[:100], ids, n=3, cutoff=0.5) or list(ids)[:3]
     raise UserError(f"{where}: no class is called {name!r}: did you mean {' or '.join(map(repr, close))}?")
 
 

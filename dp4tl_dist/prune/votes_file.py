@@ -62,11 +62,22 @@ def load_votes(path: Path, *, beton: Beton | None = None) -> Votes:
         or votes.shape != (len(sizes), len(classes))
         or affinity.shape != votes.shape
         or np.isnan(affinity).any()
-        or (votes < 0).any()
-        or (votes.sum(axis=1) != sizes).any()
-        or (sizes < 1).any()
-        or len(predictions) != sizes.sum()
+        or not _add_up(votes, predictions, sizes)
         or (beton is not None and len(classes) != beton.num_classes)
     ):
         raise UserError(f"{path} holds votes that do not add up: make it again with `dp4tl vote`")
     return Votes(votes, affinity, predictions, sizes, method, tuple(classes), meta)
+
+
+def _add_up(votes: NDArray[np.int64], predictions: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+    """Whether each row of votes counts what that target's images voted for."""
+    num_groups = votes.shape[1]
+    # Sizes are bounded before they are added, so that no sum wraps around.
+    if not len(sizes) or sizes.min() < 1 or sizes.max() > len(predictions) or sizes.sum() != len(predictions):
+        return False
+    if predictions.min() < 0 or predictions.max() >= num_groups:
+        return False
+    each = np.split(predictions, np.cumsum(sizes)[:-1])
+    return all(
+        np.array_equal(np.bincount(own, minlength=num_groups), row) for own, row in zip(each, votes, strict=True)
+    )

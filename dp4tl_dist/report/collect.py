@@ -1,7 +1,7 @@
 """What a run folder holds, finished or not: stages, arms, metrics and warnings, as plain values."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,12 @@ from dp4tl_dist.config import validate
 from dp4tl_dist.data.beton import Beton, open_beton, sidecar
 from dp4tl_dist.data.subset import Subset, load_subset
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import read_json
+from dp4tl_dist.files import load_npz, read_json
 from dp4tl_dist.log import read_jsonl
 from dp4tl_dist.run_config import ARM, RunConfig
 from dp4tl_dist.stages import Graph, Stage, Trial
 
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
-MUCH_WAITING = 0.3
-SHOWN_SKIPPED = 20
 Value = TypeVar("Value")
 Metrics = list[dict[str, Any]]
 
@@ -61,10 +59,10 @@ class Run:
     graph: Graph
     problems: list[str] = field(default_factory=list)
 
-    def attempt(self, read: Callable[[], Value]) -> Value | None:
-        """What `read` returns; None, and a line in `problems`, where a file is damaged or gone."""
+    def attempt(self, read: Callable[..., Value], *args: Any, **more: Any) -> Value | None:
+        """What `read` returns for these arguments; None, and a line in `problems`, where a file is damaged or gone."""
         try:
-            return read()
+            return read(*args, **more)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"
             if text not in self.problems:
@@ -75,7 +73,7 @@ class Run:
     def records(self) -> dict[str, dict[str, Any]]:
         """Each stage's record, {} while it is pending."""
         paths = {name: self.out / "stages" / f"{name}.json" for name in self.graph.stages}
-        read = {name: self.attempt(lambda path=path: read_json(path)) for name, path in paths.items() if path.exists()}
+        read = {name: self.attempt(read_json, path) for name, path in paths.items() if path.exists()}
         return {name: found if isinstance(found := read.get(name), dict) else {} for name in paths}
 
     def status(self, stage: str) -> str:
@@ -94,21 +92,16 @@ class Run:
         for name, stage in self.graph.stages.items():
             if stage.distributed and stage.argv[0] in ("train", "transfer"):
                 path = run_folder(stage) / "metrics.jsonl"
-                lines = self.attempt(lambda path=path: read_jsonl(path))
+                lines = self.attempt(read_jsonl, path)
                 if lines:
                     found[name] = [line for line in lines if isinstance(line, dict)]
         return found
 
     @cached_property
     def metas(self) -> dict[str, dict[str, Any]]:
-        """The newest checkpoint's meta of each training stage, or a transfer's result; {} while there is none."""
-        found = {}
-        for name, stage in self.graph.stages.items():
-            metas = sorted((stage.output / "checkpoints").glob("step_*/meta.json"))
-            path = metas[-1] if metas else stage.output if stage.argv[0] == "transfer" else None
-            content = self.attempt(lambda path=path: read_json(path)) if path and path.exists() else None
-            found[name] = content if isinstance(content, dict) else {}
-        return found
+        """What each stage's output says of itself (of a training: its newest checkpoint); {} while there is none."""
+        read = {name: self.attempt(meta_of, stage) for name, stage in self.graph.stages.items()}
+        return {name: found if isinstance(found, dict) else {} for name, found in read.items()}
 
     @cached_property
     def betons(self) -> dict[str, Beton]:
@@ -117,7 +110,7 @@ class Run:
         paths = {"source": graph.source, **({"source-val": graph.source_val} if graph.source_val else {})}
         for target, (train, test) in graph.targets.items():
             paths |= {f"{target}-train": train, f"{target}-test": test}
-        read = {name: self.attempt(lambda path=path: open_beton(path)) for name, path in paths.items() if path.exists()}
+        read = {name: self.attempt(open_beton, path) for name, path in paths.items() if path.exists()}
         return {name: beton for name, beton in read.items() if beton is not None}
 
     def subset(self, trial: Trial) -> Subset | None:
@@ -125,7 +118,7 @@ class Run:
         path = trial.subset
         if path is None or not path.exists():
             return None
-        return self.attempt(lambda: load_subset(path, beton=self.betons.get("source")))
+        return self.attempt(load_subset, path, beton=self.betons.get("source"))
 
     @cached_property
     def arms(self) -> list[Arm]:
@@ -160,43 +153,6 @@ class Run:
                 sums.append(sum(value for value in values if value is not None))
         return statistics.fmean(sums) if sums else None
 
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        """(what about, what) for all that a reader should know before believing the page."""
-        for name, beton in self.betons.items():
-            yield from self._skipped(name, beton)
-        for stage, meta in self.metas.items():
-            if restarts := meta.get("restarts"):
-                yield stage, f"was cut off and continued {restarts} time{'s' if restarts != 1 else ''}"
-        for stage in self.graph.stages:
-            if self.status(stage) == "started":
-                yield stage, "has started and not ended: it is going on, or was cut off (the same command continues it)"
-            waits = [line["data_wait"] for line in self.trainings.get(stage, []) if line.get("data_wait") is not None]
-            share = statistics.median(waits) if waits and self.graph.stages[stage].argv[0] == "train" else 0
-            if share > MUCH_WAITING:
-                yield stage, f"waited for data {100 * share:.0f} % of the time: more cores or num_workers would help"
-            yield from ((stage, text) for text in self._logged_warnings(stage))
-        methods = {arm.method for arm in self.arms}
-        if len(self.config.arms) > 1 and not methods & {"random", "random-samples"}:
-            yield "arms", "there is no random arm: without one of the same size, no gain can be told from chance"
-        if len(self.config.seeds) == 1:
-            yield "seeds", "one seed only: small differences between arms may be chance"
-        yield from (("files", text) for text in self.problems)
-
-    def _skipped(self, name: str, beton: Beton) -> Iterator[tuple[str, str]]:
-        content = self.attempt(lambda: read_json(sidecar(beton.path))) if sidecar(beton.path).exists() else None
-        meta = content.get("meta") if isinstance(content, dict) else None
-        skipped = meta.get("skipped", []) if isinstance(meta, dict) else []
-        if not isinstance(skipped, list) or not skipped:
-            return
-        yield name, f"{len(skipped)} unreadable images were left out"
-        yield from ((name, ": ".join(map(str, item))) for item in skipped[:SHOWN_SKIPPED] if isinstance(item, list))
-
-    def _logged_warnings(self, stage: str) -> list[str]:
-        path = self.out / "logs" / f"{stage}.log"
-        text = self.attempt(lambda: path.read_text(errors="replace")) if path.exists() else ""
-        lines = [line.partition("warning:")[2].strip() for line in (text or "").splitlines() if "warning:" in line[:12]]
-        return [line for line in dict.fromkeys(lines) if not line.startswith("skipped ")][:SHOWN_SKIPPED]
-
     def last_sign(self) -> float | None:
         """When the run last wrote anything, in seconds since the epoch."""
         paths = [*self.out.glob("logs/*.log"), *self.out.glob("stages/*.json")]
@@ -215,6 +171,21 @@ def stages_of(trial: Trial, part: str) -> list[str]:
 def run_folder(stage: Stage) -> Path:
     """Where a training or transfer stage writes its metrics."""
     return stage.output.with_name(stage.output.name + ".run") if stage.argv[0] == "transfer" else stage.output
+
+
+def meta_of(stage: Stage) -> Any:
+    """The meta that the stage's output carries; None where there is no output yet."""
+    verb, path = stage.argv[0], stage.output
+    if verb == "train":
+        metas = sorted((path / "checkpoints").glob("step_*/meta.json"))
+        return read_json(metas[-1]) if metas else None
+    if not path.exists():
+        return None
+    if verb == "transfer":
+        return read_json(path)
+    if path.suffix == ".npz":
+        return load_npz(path, "votes" if verb == "vote" else "subset")[1]
+    return read_json(sidecar(path))["meta"]
 
 
 def read_run(out: Path) -> Run:

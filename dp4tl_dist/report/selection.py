@@ -91,7 +91,7 @@ class Thumbs:
         """The image at a position; None where it cannot be read or the page is full."""
         key = (beton.path, index)
         if key not in self.made:
-            self.made[key] = self.run.attempt(lambda: data_uri(beton, index))
+            self.made[key] = self.run.attempt(data_uri, beton, index)
         uri = self.made[key]
         if uri is None or len(uri) > self.left:
             return None
@@ -123,7 +123,7 @@ def selections(run: Run) -> Iterator[Selection]:
             path = run.out / "votes" / f"vote-{method}-{target}.npz"
             if not path.is_file():
                 continue
-            votes = run.attempt(lambda path=path: load_votes(path, beton=source))
+            votes = run.attempt(load_votes, path, beton=source)
             if votes is not None:
                 yield _selection(run, target, method, votes, thumbs)
 

@@ -103,7 +103,8 @@ def best(run: Path) -> Path:
 
 
 def _first_best(metas: dict[Path, dict[str, Any]]) -> Path | None:
-    scores = {folder: meta["val"]["top1"] for folder, meta in metas.items() if meta.get("val")}
+    found = {folder: meta["val"].get("top1") for folder, meta in metas.items() if isinstance(meta.get("val"), dict)}
+    scores = {folder: top1 for folder, top1 in found.items() if isinstance(top1, int | float)}
     return max(scores, key=lambda folder: scores[folder], default=None)
 
 
@@ -131,7 +132,15 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Optimizer and generator states. `weights_only` keeps torch from running code out of the file."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    path = folder / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch raises many kinds on damaged files, with a page of advice; all mean the same here
+        raise UserError(f"{path} is not readable ({type(error).__name__}): use another checkpoint") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__} and no states: use another checkpoint")
     return state
 
 
@@ -159,8 +168,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = resolve(path)
     meta = read_meta(folder)
     try:
-        model = build_model(meta["config"]["model"]["arch"], len(meta["classes"]))
+        arch, classes = meta["config"]["model"]["arch"], meta["classes"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/meta.json lacks {error}: not a checkpoint of a model") from error
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not isinstance(arch, str) or not classes or not named:
+        raise UserError(f"{folder}/meta.json names no network or no classes: not a checkpoint of a model")
+    model = build_model(arch, len(classes))
     load_into(model, folder)
     return model, meta

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from dp4tl_dist.data.loader import CentreView
+from dp4tl_dist.data.loader import IGNORED, CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.train.engine import DDPEngine, averaged_buffers
 from dp4tl_dist.train.source import Source
@@ -26,7 +26,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found. Shares of 1, not percent."""
+    """What an evaluation found. Shares of 1, not percent, of the samples that could be decoded."""
 
     top1: float
     top5: float
@@ -39,7 +39,7 @@ def evaluate(
     task: Task, engine: DDPEngine, world: World, split: Split, view: CentreView, *, batch_size: int = 256
 ) -> Score:
     """Accuracy and mean cross-entropy of the task's module over `split`, the same numbers on every rank."""
-    sums = np.zeros(3, np.float64)  # correct, correct in the first five, cross-entropy
+    sums = np.zeros(4, np.float64)  # correct, correct in the first five, cross-entropy, samples
     batches = inference_batches(split.kept, batch_size=batch_size, num_ranks=world.num_ranks, rank=world.rank)
     was_training = task.module.training
     task.module.eval()
@@ -48,9 +48,13 @@ def evaluate(
             with engine.autocast():
                 logits = task.predict(batch).float()
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-            loss = functional.cross_entropy(logits, batch.labels, reduction="sum")
-            sums += np.array([top[:, 0].sum().item(), top.sum().item(), loss.item()])
+            loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum")
+            count = (batch.labels != IGNORED).sum()
+            sums += np.array([top[:, 0].sum().item(), top.sum().item(), loss.item(), count.item()])
     task.module.train(was_training)
     total = all_sum(world, sums)
-    count = len(split.kept)
-    return Score(top1=total[0] / count, top5=total[1] / count, loss=total[2] / count, num_samples=count)
+    num_samples = int(total[3])
+    if not num_samples:
+        raise RuntimeError("no sample of the evaluation's file can be decoded: write the file again")
+    top1, top5, loss = (total[:3] / num_samples).tolist()
+    return Score(top1=top1, top5=top5, loss=loss, num_samples=num_samples)

@@ -11,16 +11,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dp4tl_dist.data.loader import Batch, CentreView, TrainView
+from dp4tl_dist.data.loader import IGNORED, Batch, CentreView, TrainView
 from dp4tl_dist.data.order import epoch_order, rank_batches
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
-from dp4tl_dist.log import Advance, Metrics, progress, say, truncate_jsonl
+from dp4tl_dist.log import Advance, Metrics, progress, say
 from dp4tl_dist.schedule import learning_rate, resolution
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import DDPEngine
 from dp4tl_dist.train.evaluate import Score, evaluate
 from dp4tl_dist.train.job import Job
+from dp4tl_dist.train.saver import Saver
 from dp4tl_dist.train.signals import Agreement, StopFlag
 from dp4tl_dist.world import World, all_max, all_sum
 
@@ -38,6 +39,10 @@ class Progress:
     best: float = -1.0
     """Best validation accuracy so far."""
     since_log: list[torch.Tensor] = field(default_factory=list)
+    bad_samples: torch.Tensor | int = 0
+    """Samples of this rank's part of the epoch that could not be decoded and were left out."""
+    moved: bool = False
+    """Whether another number of ranks saved what this run goes on from."""
 
 
 class Fit:
@@ -48,8 +53,11 @@ class Fit:
         self.job, self.world = job, world
         self.engine = DDPEngine(world, job.task, job.optim, job.engine)
         self.at = Progress()
+        self.metrics: Metrics | None = None
+        self.saver = Saver(background=world.device != "cpu")
         self.started = time.monotonic()
         self.said_at = -EPOCH_LINE_EVERY_S
+        self.skips = job.data.on_bad_sample == "skip"
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last checkpoint's meta."""
@@ -65,17 +73,19 @@ class Fit:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopFlag())
             self.agreement = Agreement(self.world, stop, save_every_s=job.checkpoint.every_minutes * 60)
-            self.metrics = stack.enter_context(self._open_metrics()) if self.world.is_main else None
+            if self.world.is_main:
+                self.metrics = stack.enter_context(Metrics(job.out, step=self.at.step, tensorboard=job.log.tensorboard))
+                if self.at.moved:
+                    self.metrics.write(
+                        "resume", step=self.at.step, restarts=self.at.restarts, num_ranks=self.world.num_ranks
+                    )
+            stack.callback(self.saver.close)
             advance = stack.enter_context(progress(job.label, shown=self.world.is_main))
             job.task.module.train()
             while self.at.step < job.num_steps:
                 meta = self._epoch(advance)
         assert meta is not None
         return meta
-
-    def _open_metrics(self) -> Metrics:
-        truncate_jsonl(self.job.out / "order.jsonl", self.at.step)
-        return Metrics(self.job.out, step=self.at.step, tensorboard=self.job.log.tensorboard)
 
     def _epoch(self, advance: Advance) -> dict[str, Any] | None:
         """Train to the end of the epoch that the run stands in; validate and save. Returns the meta, where saved."""
@@ -90,6 +100,8 @@ class Fit:
                 waited += time.monotonic() - asked
                 lr = learning_rate(job.optim, at.step / job.steps_per_epoch)
                 at.since_log.append(self.engine.step(batch, lr=lr))
+                if self.skips:
+                    at.bad_samples += (batch.labels == IGNORED).sum()
                 at.step += 1
                 at.val = None  # it was that of other weights
                 self._log_order(batch)
@@ -174,9 +186,8 @@ class Fit:
             dist.all_gather(parts, mine)
         else:
             parts = [mine]
-        if self.world.is_main:
-            with open(self.job.out / "order.jsonl", "a") as handle:
-                handle.write(f'{{"step": {self.at.step}, "identifiers": {torch.cat(parts).tolist()}}}\n')
+        if self.metrics:
+            self.metrics.order.add({"step": self.at.step, "identifiers": torch.cat(parts).tolist()})
 
     def _validate(self, epoch: int, loss: float, rate: float) -> bool:
         """Validate where it is due, write the epoch's line, and tell whether the model was never better."""
@@ -187,7 +198,10 @@ class Fit:
             score = evaluate(job.task, self.engine, self.world, job.val, view)
         self.at.val = None if score is None else {"top1": score.top1, "top5": score.top5, "loss": score.loss}
         self.at.seconds = time.monotonic() - self.started
-        values = {f"val_{name}": value for name, value in (self.at.val or {}).items()}
+        values: dict[str, Any] = {f"val_{name}": value for name, value in (self.at.val or {}).items()}
+        if self.skips:
+            values["bad_samples"] = int(all_sum(self.world, np.array([int(self.at.bad_samples)]))[0])
+            self.at.bad_samples = 0
         if self.metrics:
             self.metrics.write(
                 "epoch", step=self.at.step, epoch=epoch, loss=loss, seconds=round(self.at.seconds, 3), **values

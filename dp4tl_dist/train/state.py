@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
@@ -18,14 +17,16 @@ if TYPE_CHECKING:
 # What may differ between a run and its continuation without changing the result.
 FREE = (
     "log", "checkpoint", "engine.device", "engine.compile", "engine.channels_last", "engine.timeout_s", "model.init",
-    "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset", "data.val_subset", "train.val_every",
+    "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset", "data.val_subset",
+    "data.on_bad_sample", "train.val_every",
 )  # fmt: skip
 
 
 def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     """Write a checkpoint from rank 0, with every rank's own state inside. All ranks call it together.
 
-    A full disk does not end a run that can go on: it is warned about, and the last good checkpoint stays.
+    A full disk does not end a run that can go on: it is warned about, and the last good checkpoint stays. With
+    `must_succeed` the checkpoint is whole on return, or it is a UserError on every rank.
     """
     job, world, meta = fit.job, fit.world, fit.meta()
     own = own_state(fit)
@@ -33,22 +34,25 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     if world.num_ranks > 1:
         everyone = [None] * world.num_ranks
         dist.all_gather_object(everyone, own)
-    failure = ""
+    folder, step = checkpoint.checkpoint_path(job.out, fit.at.step), fit.at.step
+
+    def write(content: dict[str, Any]) -> None:
+        assert fit.metrics is not None
+        fit.metrics.save()
+        checkpoint.save(folder, **content, meta=meta)
+        checkpoint.prune_old(job.out, keep=job.checkpoint.keep, step=step)
+
     with averaged_buffers(job.task.module, world):
         if world.is_main:
             state = {"optimizer": fit.engine.optimizer.state_dict(), "ranks": everyone}
-            folder = checkpoint.checkpoint_path(job.out, fit.at.step)
-            try:
-                checkpoint.save(folder, weights=job.task.module.state_dict(), state=state, meta=meta)
-                checkpoint.prune_old(job.out, keep=job.checkpoint.keep, step=fit.at.step)
-            except (OSError, RuntimeError, SafetensorError, UserError) as error:
-                failure = f"could not save {folder} ({error})"
-                warn(failure + ": the last good checkpoint stays")
-    shared = [failure]
-    if world.num_ranks > 1:
-        dist.broadcast_object_list(shared)
-    if shared[0] and must_succeed:
-        raise UserError(f"{shared[0]}: make room and run the same command again, it goes on from the last one saved")
+            fit.saver.save(folder, write, {"weights": job.task.module.state_dict(), "state": state})
+    if must_succeed:
+        shared = [fit.saver.wait()]
+        if world.num_ranks > 1:
+            dist.broadcast_object_list(shared)
+        if shared[0]:
+            again = "make room and run the same command again, it goes on from the last one saved"
+            raise UserError(f"{shared[0]}: {again}")
     return meta
 
 
@@ -57,6 +61,7 @@ def own_state(fit: "Fit") -> dict[str, Any]:
     buffers = {name: buffer.detach().cpu() for name, buffer in fit.job.task.module.named_buffers()}
     losses = [loss.item() for loss in fit.at.since_log]
     own: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "buffers": buffers, "losses": losses}
+    own["bad_samples"] = int(fit.at.bad_samples)
     if fit.world.device != "cpu":
         own["cuda_rng"] = torch.cuda.get_rng_state()
     return own
@@ -81,6 +86,8 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     own = state["ranks"][world.rank if same else 0]
     losses = own["losses"] if same else np.mean([rank["losses"] for rank in state["ranks"]], axis=0)
     fit.at.since_log = [torch.tensor(float(loss), device=world.device) for loss in losses]
+    bad_samples = [rank["bad_samples"] for rank in state["ranks"]]
+    fit.at.bad_samples = bad_samples[world.rank] if same else sum(bad_samples) * world.is_main
     if same:
         named = dict(job.task.module.named_buffers())
         with torch.no_grad():
@@ -91,6 +98,7 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
             torch.cuda.set_rng_state(own["cuda_rng"])
     fit.at.step, fit.at.seconds = int(meta["step"]), float(meta["seconds"])
     fit.at.restarts, fit.at.val, fit.at.best = int(meta["restarts"]) + 1, meta["val"], float(meta["best"])
+    fit.at.moved = int(meta["num_ranks"]) != world.num_ranks
     if world.is_main and not meta["complete"]:
         other = f" (saved by {meta['num_ranks']} ranks)" if meta["num_ranks"] != world.num_ranks else ""
         warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")

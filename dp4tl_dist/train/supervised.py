@@ -102,7 +102,11 @@ def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, 
         kept = load_subset(Path(subset_path), beton=beton).indices
         inputs[f"{part}_subset"] = digest_file(Path(subset_path))
     loader = BetonLoader(
-        beton, device=world.device, num_workers=world.num_workers(data.num_workers), os_cache=data.os_cache
+        beton,
+        device=world.device,
+        num_workers=world.num_workers(data.num_workers),
+        os_cache=data.os_cache,
+        skip_bad=data.on_bad_sample == "skip",
     )
     pages = beton.pages[kept] if data.page_aware and part == "train" else None
     return beton, Split(loader, kept, pages), inputs

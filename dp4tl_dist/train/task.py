@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dp4tl_dist.data.loader import Batch
+from dp4tl_dist.data.loader import IGNORED, Batch
 from dp4tl_dist.models import head_name, normalise, replace_head
 
 
@@ -29,7 +29,7 @@ class Task(Protocol):
 
 
 class Supervised:
-    """Cross-entropy on the labels."""
+    """Cross-entropy on the labels. A sample that was left out (label IGNORED) adds nothing to its batch's sum."""
 
     def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
         self.module = module
@@ -38,8 +38,11 @@ class Supervised:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.forward(inputs_of(batch))
-        loss = functional.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
-        return {"loss": loss}
+        # Divided by the whole batch, and not by the samples that count: then ranks and micro-batches weigh alike.
+        total = functional.cross_entropy(
+            logits.float(), batch.labels, label_smoothing=self.label_smoothing, ignore_index=IGNORED, reduction="sum"
+        )
+        return {"loss": total / len(batch.labels)}
 
     def predict(self, batch: Batch) -> Tensor:
         logits: Tensor = self.module(inputs_of(batch))

@@ -239,8 +239,8 @@ def test_leaving_early_leaks_nothing(beton: Beton, os_cache: bool) -> None:
             break
         return len(epoch_threads()), len(list(Path("/proc/self/fd").iterdir()))
 
-    first = leave_early()
-    assert {leave_early() for _ in range(20)} == {first}
+    threads, files = leave_early()  # at most: what an earlier test left may end meanwhile
+    assert all(now[0] <= threads and now[1] <= files for now in (leave_early() for _ in range(20)))
     assert list(loader.epoch(batches, VIEWS[0]))  # and it still works
 
 

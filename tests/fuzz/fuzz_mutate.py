@@ -100,7 +100,10 @@ def mutate_json(rng: Random, content: bytes, others: list[bytes]) -> bytes:
     """Valid JSON with other values in it; now and then broken JSON."""
     if rng.random() < 0.25:
         return mutate_bytes(rng, content, others)
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):  # it was mutated before
+        return mutate_bytes(rng, content, others)
     for _ in range(rng.choice((1, 1, 2))):
         value = change_value(rng, value)
     return dumped(value)

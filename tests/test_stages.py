@@ -1,0 +1,326 @@
+"""The stage graph is in an order that works and shares what it can; a stage is re-done when, and only when, needed."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_factory import make_beton
+
+from dp4tl_dist import pipeline
+from dp4tl_dist.config import TrainConfig, validate
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import save_npz, write_json
+from dp4tl_dist.recipes import TransferConfig
+from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.stages import Graph
+
+OUT = Path("runs/x")
+Content = dict[str, Any]
+
+
+def config_of(**content: Any) -> RunConfig:
+    whole: Content = {
+        "source": {"train": "images/train", "val": "images/val"},
+        "targets": {"pets": {"train": "p/train", "test": "p/test"}, "dtd": {"train": "d.beton", "test": "e.beton"}},
+        "arms": ["dense", "lm@0.5", "fm@.25", "lm-reverse@0.5", "random@0.5", "random-samples@0.5"],
+        "seeds": [3, 4],
+        "transfer": {"modes": ["lp", "ff"], "cached": True, "lp": {"epochs": 7}},
+        "pretrain": {"model": {"arch": "resnet50"}, "train": {"lr": 0.25}},
+    }
+    return validate(RunConfig, whole | content, source="test")
+
+
+def graph_of(**content: Any) -> Graph:
+    return Graph(config_of(**content), OUT)
+
+
+def refused(**content: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        graph_of(**content)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- the graph
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_a_stage_reads_is_made_before(compact: bool) -> None:
+    graph = graph_of(compact=compact)
+    made: set[Path] = set()
+    for stage in graph.stages.values():
+        for path in stage.inputs:
+            assert path in made or not path.is_relative_to(OUT), f"{stage.name} reads {path}"
+        for path in (stage.output, *stage.also):
+            assert path not in made and path.is_relative_to(OUT)
+            made.add(path)
+        given = [*stage.argv, *_strings(stage.config or {})]
+        assert all(str(path) in given for path in stage.inputs), "a stage is told what it reads"
+        mine = {str(path) for path in (*stage.inputs, stage.output, graph.config_path(stage.name))}
+        assert {text for text in given if text.startswith(str(OUT))} <= mine, "and reads what it is told"
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return list(chain.from_iterable(_strings(item) for item in value.values()))
+    return [value] if isinstance(value, str) else []
+
+
+def test_names_of_stages() -> None:
+    names = list(graph_of(seeds=[3], arms=["dense", "lm@0.5", "random@0.5"]).stages)
+    assert names == [
+        "write-source-train", "write-source-val", "write-pets-train", "write-pets-test",
+        "surrogate", "vote-lm-pets", "prune-lm@0.5-pets", "prune-random@0.5-s3", "vote-lm-dtd", "prune-lm@0.5-dtd",
+        "pretrain-dense-s3", "transfer-lp-dense-pets-s3", "transfer-ff-dense-pets-s3",
+        "pretrain-lm@0.5-pets-s3", "transfer-lp-lm@0.5-pets-s3", "transfer-ff-lm@0.5-pets-s3",
+        "pretrain-random@0.5-s3", "transfer-lp-random@0.5-pets-s3", "transfer-ff-random@0.5-pets-s3",
+        "transfer-lp-dense-dtd-s3", "transfer-ff-dense-dtd-s3",
+        "pretrain-lm@0.5-dtd-s3", "transfer-lp-lm@0.5-dtd-s3", "transfer-ff-lm@0.5-dtd-s3",
+        "transfer-lp-random@0.5-dtd-s3", "transfer-ff-random@0.5-dtd-s3",
+    ]  # fmt: skip
+
+
+def test_what_is_shared_and_what_is_not() -> None:
+    graph = graph_of()
+    names = set(graph.stages)
+    count = {word: sum(name.startswith(word) for name in names) for word in ("surrogate", "vote", "prune", "pretrain")}
+    # lm and fm votes for each target (reversing needs no votes of its own); random subsets for each seed.
+    assert count["surrogate"] == 1 and count["vote"] == 4
+    assert count["prune"] == 3 * 2 + 2 * 2
+    # dense and random are trained once a seed, the others once for each target and seed.
+    assert count["pretrain"] == 3 * 2 + 3 * 2 * 2
+    assert len(graph.trials) == 6 * 2 * 2
+    subsets = {(trial.arm, trial.target, trial.seed): trial.subset for trial in graph.trials}
+    for arm in ("random@0.5", "random-samples@0.5"):
+        assert subsets[arm, "pets", 3] == subsets[arm, "dtd", 3] != subsets[arm, "pets", 4]
+    for arm in ("lm@0.5", "fm@.25", "lm-reverse@0.5"):
+        assert subsets[arm, "pets", 3] == subsets[arm, "pets", 4] != subsets[arm, "dtd", 3]
+    assert {subsets["dense", target, seed] for target in ("pets", "dtd") for seed in (3, 4)} == {None}
+
+
+def test_selection_counts_what_it_took() -> None:
+    taken = {trial.arm: trial.selection for trial in graph_of(seeds=[3], compact=True).trials if trial.target == "pets"}
+    assert taken["dense"] == ()
+    assert taken["lm@0.5"] == ("surrogate", "vote-lm-pets", "prune-lm@0.5-pets", "compact-lm@0.5-pets")
+    assert taken["lm-reverse@0.5"][1:3] == ("vote-lm-pets", "prune-lm-reverse@0.5-pets")
+    assert taken["fm@.25"][1] == "vote-fm-pets"
+    assert taken["random@0.5"] == ("prune-random@0.5-s3", "compact-random@0.5-s3")
+
+
+def test_stages_without_a_use_are_left_out() -> None:
+    assert "surrogate" not in graph_of(arms=["dense", "random@0.5"]).stages
+    target = {"train": "a.beton", "test": "b.beton"}
+    graph = graph_of(source={"train": "s.beton"}, targets={"t": target}, arms=["dense"])
+    assert [name.split("-")[0] for name in graph.stages] == ["pretrain", "transfer", "transfer"] * 2
+    pretrain = graph.stages["pretrain-dense-s3"].config
+    assert pretrain is not None and pretrain["data"]["val"] == pretrain["data"]["val_subset"] == ""
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_configs_of_training_stages(compact: bool) -> None:
+    graph = graph_of(compact=compact)
+    for name, stage in graph.stages.items():
+        if stage.argv[0] != "train":
+            continue
+        config = validate(TrainConfig, stage.config or {}, source=name)
+        is_pruned = "@" in name
+        assert config.model.arch == ("resnet18" if name == "surrogate" else "resnet50")
+        assert config.train.lr == (0.5 if name == "surrogate" else 0.25)
+        assert config.seed == (3 if name == "surrogate" else int(name[-1]))
+        # Validation samples of the pruned classes go, too; a compact file needs no indices.
+        assert bool(config.data.subset) == (is_pruned and not compact)
+        assert bool(config.data.val_subset) == is_pruned
+        assert (Path(config.data.train) == graph.source) == (not is_pruned or not compact)
+        assert stage.distributed
+
+
+def test_configs_of_transfers() -> None:
+    for name, stage in graph_of().stages.items():
+        if stage.argv[0] == "transfer":
+            config = validate(TransferConfig, stage.config or {}, source=name)
+            is_probe = "-lp-" in name
+            assert config.cached == is_probe and config.train.epochs == (7 if is_probe else 200)
+            assert stage.argv[stage.argv.index("--mode") + 1] == ("lp" if is_probe else "ff")
+            assert config.seed == int(name[-1])
+
+
+@pytest.mark.parametrize(
+    "arm", ["lm", "lm@0", "lm@0.0", "lm@1.5", "lm@-1", "lm@nan", "best@0.5", "lm@0.5@2", "", "random@1e-1"]
+)
+def test_arms_that_are_none(arm: str) -> None:
+    assert "METHOD@KEEP" in refused(arms=[arm])
+
+
+def test_configs_that_cannot_be() -> None:
+    assert "none twice" in refused(arms=["dense", "dense"]) and "at least one arm" in refused(arms=[])
+    assert "at least one target" in refused(targets={})
+    for name in ("a/b", "", "..", ".x", "a b"):
+        assert "cannot name a target" in refused(targets={name: {"train": "a", "test": "b"}})
+    # The files of a target "source" would be the source's.
+    assert "cannot name a target" in refused(targets={"source": {"train": "a", "test": "b"}})
+    assert "seed" in refused(seeds=[]) and "seed" in refused(seeds=[1, 1])
+    assert "unknown key 'transfer.lp.epoch'" in refused(transfer={"lp": {"epoch": 3}})
+
+
+# ---------------------------------------------------------------- keys
+
+
+class Made:
+    """Takes the place of `StageProcess`: writes what the stage would, at once, and notes its name."""
+
+    names: list[str]
+    fail_after: str = ""
+
+    def __init__(self, argv: tuple[str, ...], *, nproc: int, log: Path, label: str) -> None:
+        self.argv, self.name = argv, label.split()[-1]
+
+    def run(self) -> None:
+        out = Path(self.argv[self.argv.index("--out") + 1])
+        assert not out.is_file(), f"{self.name}: {out} exists"
+        Made.names.append(self.name)
+        text = " ".join(Path(part).name for part in self.argv)
+        if self.argv[0] == "train":
+            config = (Path(self.argv[self.argv.index("--config") + 1])).read_text()
+            digests = {"weights": f"{config.count('0.25')} {config.count('0.125')}"}
+            write_json(out / "checkpoints" / "step_000000001" / "meta.json",
+                       {"digests": digests, "seconds": 1.0, "num_samples": 24})  # fmt: skip
+        elif self.argv[0] == "transfer":
+            write_json(out, {"top1": 0.5})
+        elif self.argv[0] == "compact":
+            make_beton(out)
+        else:
+            save_npz(out, {"indices": np.arange(5)}, {"kind": "subset", "text": text})
+            if "--apply-to" in self.argv:
+                save_npz(out.with_suffix(".val.npz"), {"indices": np.arange(2)}, {"kind": "subset"})
+        if self.name == Made.fail_after:
+            raise RuntimeError("cut off")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Betons, the current folder, and stages that only pretend."""
+    for name in ("source", "val", "train", "test"):
+        make_beton(tmp_path / f"{name}.beton", per_class=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "StageProcess", Made)
+    monkeypatch.setattr(Made, "names", [], raising=False)
+    return tmp_path
+
+
+def small(**content: Any) -> RunConfig:
+    return config_of(**{
+        "source": {"train": "source.beton", "val": "val.beton"},
+        "targets": {"t": {"train": "train.beton", "test": "test.beton"}},
+        "arms": ["dense", "lm@0.5", "random@0.5"], "seeds": [0], "transfer": {"cached": True}, "compact": True,
+        **content,
+    })  # fmt: skip
+
+
+def made(out: str = "out", **content: Any) -> list[str]:
+    """The stages that a run carries out; what a dry run had announced is checked against it."""
+    Made.names = []
+    planned = [stage.name for stage, why in pipeline.plan(Graph(small(**content), Path(out))) if why != "skip"]
+    pipeline.run(small(**content), out=Path(out))
+    assert set(Made.names) <= set(planned)
+    return Made.names
+
+
+def test_a_second_run_has_nothing_to_do(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert made() == list(Graph(small(), Path("out")).stages)
+    assert made() == []
+    pipeline.run(small(), out=Path("out"), dry_run=True)
+    assert all(line.split()[0] == "skip" for line in capsys.readouterr().out.splitlines()[-12:])
+
+
+@pytest.mark.parametrize("out", ["out", "deep/runs/out", "a", "e"])
+def test_a_run_folder_may_move(place: Path, out: str) -> None:
+    made(out)
+    Path(out).rename(place / "moved elsewhere")
+    assert made("moved elsewhere") == []
+    assert made(str(place / "moved elsewhere")) == []
+
+
+def test_inputs_may_move(place: Path) -> None:
+    made()
+    for name in ("train.beton", "train.beton.json"):
+        (place / name).rename(place / f"other-{name}")
+    assert made(targets={"t": {"train": "other-train.beton", "test": "test.beton"}}) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"log": {"every": 3}}, {"checkpoint": {"every_minutes": 1}}, {"nproc": 2}],
+    ids=str,
+)
+def test_what_changes_nothing(place: Path, content: Content) -> None:
+    made()
+    assert made(**content) == []
+
+
+CHANGES: list[tuple[Content, set[str]]] = [
+    ({"transfer": {"cached": True, "lp": {"epochs": 9}}}, {"transfer"}),
+    ({"pretrain": {"train": {"lr": 0.125}}}, {"pretrain", "transfer"}),
+    ({"surrogate": {"train": {"lr": 0.125}}}, {"surrogate", "vote"}),
+]
+
+
+@pytest.mark.parametrize(("content", "kinds"), CHANGES, ids=str)
+def test_what_a_changed_config_redoes(place: Path, content: Content, kinds: set[str]) -> None:
+    made()
+    assert {name.split("-")[0] for name in made(**content)} == kinds
+
+
+def test_a_changed_input_is_noticed(place: Path) -> None:
+    made()
+    make_beton(place / "test.beton", per_class=3)
+    assert {name.split("-")[0] for name in made()} == {"transfer"}
+    make_beton(place / "train.beton", per_class=3)
+    assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
+    make_beton(place / "source.beton", per_class=3)
+    assert {"surrogate", "prune", "compact", "pretrain"} <= {name.split("-")[0] for name in made()}
+
+
+def test_a_changed_image_folder_is_noticed(place: Path) -> None:
+    images = place / "images" / "a"
+    images.mkdir(parents=True)
+    (images / "1.png").write_bytes(b"1")
+    stage = Graph(small(source={"train": "images/"}), Path("out")).stages["write-source-train"]
+    digests = [pipeline.content_digest(place / "images")]
+    (images / "1.png").write_bytes(b"12")
+    digests.append(pipeline.content_digest(place / "images"))
+    (images / "2.png").touch()
+    digests.append(pipeline.content_digest(place / "images"))
+    assert len(set(digests)) == 3 and stage.inputs == (Path("images"),)
+
+
+@pytest.mark.parametrize("name", ["subsets/lm@0.5-t.npz", "subsets/lm@0.5-t.val.npz", "data/lm@0.5-t.beton.json"])
+def test_an_output_that_is_gone_is_made_again(place: Path, name: str) -> None:
+    made()
+    (place / "out" / name).unlink()
+    (again,) = made()
+    assert again.endswith("lm@0.5-t")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["surrogate", "vote-lm-t", "prune-lm@0.5-t", "compact-lm@0.5-t", "pretrain-dense-s0", "transfer-lp-dense-t-s0"],
+)
+def test_cut_off_between_an_output_and_its_record(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Made, "fail_after", name)
+    with pytest.raises(RuntimeError, match="cut off"):
+        made()
+    reasons = {stage.name: why for stage, why in pipeline.plan(Graph(small(), Path("out")))}
+    assert reasons[name] == "resume"
+    monkeypatch.setattr(Made, "fail_after", "")
+    assert made()[0] == name
+    assert made() == []
+
+
+def test_records_tell_what_was_done(place: Path) -> None:
+    made()
+    record = json.loads((place / "out" / "stages" / "prune-lm@0.5-t.json").read_text())
+    assert record["status"] == "done" and record["argv"][0] == "prune" and record["seconds"] >= 0
+    assert json.loads((place / "out" / "config.json").read_text()) == small().model_dump(mode="json")
