@@ -9,7 +9,6 @@ apart) and the order of samples equal those of the run left alone, bit by bit.
 
 import argparse
 import datetime
-import io
 import itertools
 import json
 import os
@@ -29,16 +28,10 @@ from statistics import median
 from typing import Any
 
 import harness
-from PIL import Image
-
-from dp4tl_dist.data.beton import BetonWriter
-from dp4tl_dist.data.synthetic import draw
-from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.train import checkpoint
+from drill_run import STEPS_PER_EPOCH, facts, file_number, last_step, saved_step, write_inputs
 
 MARK = "DP4TL_DRILL"
-TIMES = ("images_per_s", "data_wait", "seconds")
-STEPS_PER_EPOCH, STEPS_PER_KILL, KILLS_PER_RUN = 30, 15, 10
+STEPS_PER_KILL, KILLS_PER_RUN = 15, 10
 PATIENCE_S = 120.0
 
 
@@ -92,7 +85,7 @@ class Drill:
         raise AssertionError
 
     def start(self, out: Path) -> "subprocess.Popen[bytes]":
-        """Start or continue a run, and wait until it makes a step (or is complete)."""
+        """Start or continue a run."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={self.arguments.ranks}", "-m", "dp4tl_dist", "train", "--config",
                    str(self.config), "--out", str(out)]  # fmt: skip
@@ -101,7 +94,7 @@ class Drill:
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
         self.began, self.first = time.monotonic(), saved_step(out)
         if out.name == "undisturbed":
-            self.until(process, lambda: last_step(out) > self.first)
+            self.until(process, lambda: last_step(out) > 0)
             self.starts.append(time.monotonic() - self.began)
         return process
 
@@ -121,8 +114,9 @@ class Drill:
         ranks = [f"rank {rank}" for rank in range(self.arguments.ranks)]
         target = self.random.choice([*ranks, *ranks, "all", "all", "all", "launcher"])
         moment = self.random.choices(["start", "step", "checkpoint"], [3, 8, 9])[0]
+        before = file_number(out)
         process = self.start(out)
-        if not self.wait_for(process, out, moment):
+        if not self.wait_for(process, out, moment, before):
             return False
         at, step = time.monotonic(), last_step(out)
         if not self.kill(process, target):
@@ -135,13 +129,14 @@ class Drill:
         self.kills.append(found)
         return True
 
-    def wait_for(self, process: "subprocess.Popen[bytes]", out: Path, moment: str) -> bool:
+    def wait_for(self, process: "subprocess.Popen[bytes]", out: Path, moment: str, before: int) -> bool:
         """Wait for a random moment of that kind; False where the run ended before."""
         if moment == "start":
             pause = self.random.uniform(0.3, self.starts[0])
             return not self.until(process, lambda: time.monotonic() - self.began > pause) or process.poll() is None
         steps = self.random.randint(1, 2 * STEPS_PER_KILL)
-        if not self.until(process, lambda: last_step(out) > self.first):
+        # A run that goes on first drops the lines past its checkpoint: until then the file is the old one.
+        if not self.until(process, lambda: file_number(out) != before and last_step(out) > self.first):
             return False
         self.starts.append(time.monotonic() - self.began)
         if not self.until(process, lambda: last_step(out) >= self.first + steps):
@@ -190,57 +185,8 @@ class Drill:
         return found
 
 
-def write_inputs(folder: Path, *, epochs: int, ranks: int) -> Path:
-    """Two tiny betons and the config of a run over them."""
-    batch = 4 * ranks
-    for name, per_class in (("train", STEPS_PER_EPOCH * batch // 4 + 1), ("val", 4)):
-        with BetonWriter(folder / f"{name}.beton", capacity=4 * per_class) as writer:
-            for i in range(4 * per_class):
-                payload, pixels = io.BytesIO(), draw("source", "train", i % 4, i // 4)
-                Image.fromarray(pixels).save(payload, "JPEG", quality=90)
-                height, width = pixels.shape[:2]
-                writer.add(payload.getvalue(), height=height, width=width, label=i % 4, identifier=i)
-            writer.finish(["a", "b", "c", "d"], {})
-    config = {
-        "data": {"train": str(folder / "train.beton"), "val": str(folder / "val.beton"), "num_workers": 1},
-        "model": {"arch": "resnet_tiny"},
-        "train": {"epochs": epochs, "batch_size": batch, "peak_epoch": 1, "lr": 0.05, "resolution": 32,
-                  "val_resolution": 32},
-        "engine": {"device": "cpu", "timeout_s": 30},
-        "log": {"every": 5, "tensorboard": False, "order": True},
-        "checkpoint": {"every_minutes": 0.3 / 60},
-    }  # fmt: skip
-    path = folder / "config.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
-def last_step(out: Path) -> int:
-    """The last step that order.jsonl tells of."""
-    try:
-        with open(out / "order.jsonl", "rb") as handle:
-            handle.seek(max(0, handle.seek(0, os.SEEK_END) - 4096))
-            lines = handle.read().split(b"\n")
-        return int(json.loads(lines[-2])["step"])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def saved_step(out: Path) -> int:
-    whole = [folder for folder in checkpoint.checkpoints(out) if checkpoint.is_whole(folder)]
-    return int(whole[-1].name.partition("_")[2]) if whole else 0
-
-
-def facts(out: Path) -> dict[str, Any]:
-    """What may not depend on interruptions."""
-    last = checkpoint.newest(out)
-    assert last is not None
-    lines = [line for line in read_jsonl(out / "metrics.jsonl") if line["kind"] != "resume"]
-    return {
-        "weights": (last / "weights.safetensors").read_bytes(),
-        "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
-        "order": read_jsonl(out / "order.jsonl"),
-    }
+def shared_files() -> set[str]:
+    return {item.name for item in Path("/dev/shm").iterdir() if item.is_file()}
 
 
 def spread(seconds: list[float]) -> str:
@@ -254,12 +200,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="write the result to benchmarks/results/ as well")
     arguments = parser.parse_args()
-    shared, began = set(os.listdir("/dev/shm")), time.monotonic()
+    shared, began = shared_files(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="drill-") as scratch:
         drill = Drill(arguments, Path(scratch))
         lost = drill.run()
         stray = drill.processes()
-    left = sorted(set(os.listdir("/dev/shm")) - shared)
+    left = sorted(shared_files() - shared)
     kills, count = drill.kills, len(drill.kills)
     result = {
         "kills": count, "recovered": count - lost, "lost": lost, "torn_checkpoints": sum(kill.torn for kill in kills),

@@ -246,7 +246,4 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    found = []
-    for inner in getattr(annotation, "__args__", ()):
-        found += _models_in(inner)
-    return found
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _models_in(inner)]

@@ -40,7 +40,7 @@ def _skipped(run: Run, name: str, beton: Beton) -> Iterator[tuple[str, str]]:
     skipped = meta.get("skipped", []) if isinstance(meta, dict) else []
     if not isinstance(skipped, list) or not skipped:
         return
-    yield name, f"{len(skipped)} unreadable images were left out"
+    yield name, f"unreadable images left out: {len(skipped)}"
     yield from ((name, ": ".join(map(str, item))) for item in skipped[:SHOWN_LINES] if isinstance(item, list))
 
 

@@ -77,7 +77,6 @@ class Selection:
     top_kept: tuple[ClassSample, ...]
     top_pruned: tuple[ClassSample, ...]
     affinities: tuple[Affinity, ...]
-    num_target_classes: int
 
 
 class Thumbs:
@@ -148,14 +147,13 @@ def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) 
     forward = [row for row, cut in zip(kept, cuts, strict=True) if not cut.reverse]
     least = min(forward, key=lambda row: int(row.sum()), default=np.zeros(num_classes, bool))
     sample = _Sampler(run, thumbs, cast)
-    top_kept = [int(i) for i in ranking if least[i]][:SHOWN_CLASSES]
-    top_pruned = [int(i) for i in ranking if not least[i]][:SHOWN_CLASSES] if forward else []
+    top_kept = sample.classes([int(i) for i in ranking if least[i]][:SHOWN_CLASSES])
+    top_pruned = sample.classes([int(i) for i in ranking if not least[i]][:SHOWN_CLASSES] if forward else [])
     target_train = run.betons.get(f"{target}-train")
     affinities = tuple(sample.affinities(target_train, least)) if target_train else ()
     return Selection(
         target, method, tuple(arms), cast.classes, votes, ranking, kept, tuple(cuts),
-        sample.classes(top_kept), sample.classes(top_pruned), affinities,
-        target_train.num_classes if target_train else 0,
+        top_kept, top_pruned, affinities,
     )  # fmt: skip
 
 

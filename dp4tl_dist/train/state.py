@@ -44,7 +44,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
 
     with averaged_buffers(job.task.module, world):
         if world.is_main:
-            state = {"optimizer": fit.engine.optimizer.state_dict(), "ranks": everyone}
+            where = {key: meta[key] for key in ("epoch", "step", "samples_seen")}
+            state = {"optimizer": fit.engine.optimizer.state_dict(), "ranks": everyone, **where}
             fit.saver.save(folder, write, {"weights": job.task.module.state_dict(), "state": state})
     if must_succeed:
         shared = [fit.saver.wait()]

@@ -40,7 +40,13 @@ def payload(index: int, height: int, width: int) -> tuple[bytes, int]:
     pixels = np.stack([rows * 7 + index, columns * 5, (rows * columns) ^ index], -1).astype(np.uint8)
     if index % 6 == 5:
         return pixels.tobytes(), RAW
-    options = ({}, {"progressive": True}, {"subsampling": 0}, {"optimize": True, "quality": 30}, {"restart_marker_blocks": 1})
+    options = (
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"optimize": True, "quality": 30},
+        {"restart_marker_blocks": 1},
+    )
     target = io.BytesIO()
     image = Image.fromarray(pixels)
     (image.convert("L") if index % 7 == 6 else image).save(target, "JPEG", **options[index % 6])
@@ -182,7 +188,21 @@ def _fewer(rng: Random, content: bytearray, seed: bytes) -> None:
     del content[tail + left * ALLOCATION.itemsize :]
 
 
-MUTATIONS = (_number, _number, _number, _pointer, _size, _size, _sides, _mode, _payload, _payload, _payload, _exchange, _fewer)
+MUTATIONS = (
+    _number,
+    _number,
+    _number,
+    _pointer,
+    _size,
+    _size,
+    _sides,
+    _mode,
+    _payload,
+    _payload,
+    _payload,
+    _exchange,
+    _fewer,
+)
 
 # ---------------------------------------------------------------- guarded memory
 
@@ -219,7 +239,9 @@ def decoded(beton: Beton, view: TrainView | CentreView, *, at_end: bool) -> tupl
     """Pixels and status of the first samples, each payload alone between guards."""
     sources, targets, pool = arena(os.getpid())
     fits = np.flatnonzero(beton.sizes <= sources.size)[:MOST]
-    offsets = np.array([sources.place(slot, int(beton.sizes[i]), at_end=at_end) for slot, i in enumerate(fits)], np.int64)
+    offsets = np.array(
+        [sources.place(slot, int(beton.sizes[i]), at_end=at_end) for slot, i in enumerate(fits)], np.int64
+    )
     for offset, i in zip(offsets, fits, strict=True):
         content = beton.payload(int(i))
         sources.memory[offset : offset + len(content)] = np.frombuffer(content, np.uint8)

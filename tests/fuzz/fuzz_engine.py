@@ -72,7 +72,7 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 def judge(error: Exception) -> str:
-    """"" where `error` is a proper refusal, else what is wrong with it."""
+    """ "" where `error` is a proper refusal, else what is wrong with it."""
     if isinstance(error, BadSampleError):
         return ""
     if not isinstance(error, UserError):
@@ -193,4 +193,8 @@ def _work(
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 what = f"{type(error).__name__}: {error}"[:400]
-                print(json.dumps({"case": index, "what": what, "where": f"{where.name}:{where.lineno}"}), file=findings, flush=True)
+                print(
+                    json.dumps({"case": index, "what": what, "where": f"{where.name}:{where.lineno}"}),
+                    file=findings,
+                    flush=True,
+                )

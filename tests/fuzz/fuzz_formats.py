@@ -45,7 +45,18 @@ def zipped(parts: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED
 def shuffle_members(rng: Random, parts: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     """Members renamed, removed, doubled or exchanged."""
     i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
-    names = ("meta", "meta.npy", "../meta.npy", "/etc/x.npy", "a" * 3000, "\n.npy", "é.npy", "indices.npy", "votes.npy", "")
+    names = (
+        "meta",
+        "meta.npy",
+        "../meta.npy",
+        "/etc/x.npy",
+        "a" * 3000,
+        "\n.npy",
+        "é.npy",
+        "indices.npy",
+        "votes.npy",
+        "",
+    )
     return rng.choice((
         [*parts[:i], (rng.choice(names), parts[i][1]), *parts[i + 1 :]],
         parts[:i] + parts[i + 1 :],
@@ -81,7 +92,13 @@ def zip_bomb(name: str, claimed: int) -> bytes:
     crc = zlib.crc32(bytes(64 << 20)) if claimed == 64 << 20 else 0
     sizes = struct.pack("<IIIHH", crc, len(BOMB), claimed, len(path), 0)
     local = b"PK\x03\x04" + struct.pack("<HHHHH", 20, 0, 8, 0, 0x21) + sizes + path
-    central = b"PK\x01\x02" + struct.pack("<HHHHHH", 20, 20, 0, 8, 0, 0x21) + sizes + struct.pack("<HHHII", 0, 0, 0, 0, 0) + path
+    central = (
+        b"PK\x01\x02"
+        + struct.pack("<HHHHHH", 20, 20, 0, 8, 0, 0x21)
+        + sizes
+        + struct.pack("<HHHII", 0, 0, 0, 0, 0)
+        + path
+    )
     start = len(local) + len(BOMB)
     return local + BOMB + central + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), start, 0)
 
@@ -116,7 +133,9 @@ def _mutate_npy(rng: Random, name: str, content: bytes, *, others: list[bytes]) 
     header, body = content[10:start].decode("latin1"), content[start:]
     action = rng.random()
     if name.startswith("meta") and action < 0.6:
-        return _meta_npy(mutate_json(rng, body.decode("utf-32-le", "replace").encode(errors="replace") or b"{}", [b"{}"]))
+        return _meta_npy(
+            mutate_json(rng, body.decode("utf-32-le", "replace").encode(errors="replace") or b"{}", [b"{}"])
+        )
     if action < 0.25:
         return mutate_bytes(rng, content, others)
     if action < 0.5:  # other numbers in place
@@ -125,7 +144,12 @@ def _mutate_npy(rng: Random, name: str, content: bytes, *, others: list[bytes]) 
     if action < 0.6:
         return _npy("'|O'", "(1,)", rng.choice((PICKLE, pickle.dumps([None]), body)))
     if action < 0.65:
-        return content[:6] + rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09")) + packed(rng, 4) + content[12:]
+        return (
+            content[:6]
+            + rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09"))
+            + packed(rng, 4)
+            + content[12:]
+        )
     shape = header[header.find("(") : header.find(")") + 1] or "()"
     descr = header[header.find("'descr': ") + 9 : header.find(", 'fortran")] or "'<i8'"
     if action < 0.85:

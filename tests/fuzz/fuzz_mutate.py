@@ -80,7 +80,9 @@ def remove(rng: Random, content: bytes, others: list[bytes]) -> bytes:
 def repeat(rng: Random, content: bytes, others: list[bytes]) -> bytes:
     length = rng.choice((1, 8, 64, 512))
     start = place(rng, content, length)
-    return content[: start + length] + content[start : start + length] * rng.choice((1, 2, 50)) + content[start + length :]
+    return (
+        content[: start + length] + content[start : start + length] * rng.choice((1, 2, 50)) + content[start + length :]
+    )
 
 
 def splice(rng: Random, content: bytes, others: list[bytes]) -> bytes:

@@ -49,7 +49,9 @@ def contents(files: list[Files], name: str) -> list[bytes]:
 def votes_seeds(folder: Path) -> list[Files]:
     rng, found = np.random.default_rng(0), []
     for sizes, groups in (((24,), 5), ((3, 9, 1), 4), ((1,), 1)):
-        votes = np.stack([np.bincount(rng.integers(0, groups, size), minlength=groups) for size in sizes]).astype(np.int64)
+        votes = np.stack([np.bincount(rng.integers(0, groups, size), minlength=groups) for size in sizes]).astype(
+            np.int64
+        )
         predictions = np.concatenate([np.repeat(np.arange(groups), row) for row in votes]).astype(np.int64)
         meta = make_meta("votes", config={"batch_size": 4}, inputs={"source": "ab" * 16})
         names = tuple(f"class {i}" for i in range(groups))
@@ -62,7 +64,10 @@ def votes_seeds(folder: Path) -> list[Files]:
 def read_votes(folder: Path) -> Iterator[None]:
     found = load_votes(folder / "x.npz")
     assert found.votes.shape == found.affinity.shape == (len(found.target_sizes), len(found.classes))
-    assert np.array_equal(found.votes.sum(axis=1), found.target_sizes) and len(found.predictions) == found.target_sizes.sum()
+    assert (
+        np.array_equal(found.votes.sum(axis=1), found.target_sizes)
+        and len(found.predictions) == found.target_sizes.sum()
+    )
     assert found.predictions.min() >= 0 and found.predictions.max() < len(found.classes)
     assert isinstance(found.meta, dict) and found.votes.min() >= 0
     ranking = rank_groups(*combine(found.votes, found.affinity))
@@ -74,7 +79,9 @@ def subset_seeds(folder: Path) -> list[Files]:
     found = []
     for indices, groups in (([0, 2, 3, 9, 11], [0, 4]), ([7], []), (list(range(40)), [1, 2, 3])):
         meta = make_meta("subset", seed=1, inputs={"source": "cd" * 16})
-        save_subset(folder / "x.npz", Subset(np.array(indices, np.int64), np.array(groups, np.int64), 0.5, "random", meta))
+        save_subset(
+            folder / "x.npz", Subset(np.array(indices, np.int64), np.array(groups, np.int64), 0.5, "random", meta)
+        )
         found.append({"x.npz": (folder / "x.npz").read_bytes()})
     return found
 
@@ -223,7 +230,10 @@ def mutate_config(rng: Random, files: Files, others: list[Files]) -> Files:
         change = mutate_lines if name.endswith(".toml") else mutate_json
         changed[name] = change(rng, content, contents(others, name))
     if rng.random() < 0.3 or not changed:
-        odd = [rng.choice((*OVERRIDES, f"{key}={scalar(rng)}")) for key in rng.choices(("seed", "train.lr", "data", "a.b"), k=2)]
+        odd = [
+            rng.choice((*OVERRIDES, f"{key}={scalar(rng)}"))
+            for key in rng.choices(("seed", "train.lr", "data", "a.b"), k=2)
+        ]
         odd += [".".join(["a"] * rng.choice((2, 2000))) + "=1"] if rng.random() < 0.1 else []
         changed["overrides.json"] = json.dumps(odd).encode()
     return {name: content, **changed}
@@ -248,7 +258,15 @@ def read_config(model: type[Any]) -> Read:
 
 
 def record_seeds(folder: Path) -> list[Files]:
-    done = {"name": "x", "key": "ab" * 16, "status": "done", "seconds": 1.5, "output": "cd", "argv": ["vote", "--out", "x"], "nproc": 2}
+    done = {
+        "name": "x",
+        "key": "ab" * 16,
+        "status": "done",
+        "seconds": 1.5,
+        "output": "cd",
+        "argv": ["vote", "--out", "x"],
+        "nproc": 2,
+    }
     meta = make_meta("checkpoint", config={"model": {"arch": "a"}}) | {"seconds": 4.5, "digests": {"state.pt": "00"}}
     both = {"stages/x.json": done, f"{STEP}/meta.json": meta}
     return [{name: json.dumps(value).encode() for name, value in both.items()}]

@@ -57,8 +57,8 @@ def test_the_engine_counts_what_goes_wrong(kind: str, tmp_path: Path, monkeypatc
             exec(BAD[kind])
         yield
 
-    numbers = iter(range(100))
-    reader = Reader("bad", lambda _: [{"x": b"seed"}], lambda *_: {"x": b"%d" % next(numbers)}, read)
+    monkeypatch.setattr(fuzz_engine, "case", lambda reader, seeds, seed, index: {"x": b"%d" % index})
+    reader = Reader("bad", lambda _: [{"x": b"seed"}], lambda _, files, others: files, read)
     result = fuzz_engine.fuzz(reader, cases=10, seed=0, folder=tmp_path, batch=100)
     counts = {"hang": result.hangs, "crash": result.crashes}
     assert counts.get(kind, result.other) == 1 and not result.clean
@@ -85,7 +85,13 @@ def test_guards_stop_reads_past_the_end(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(STAND_INS) | st.sampled_from(VALUES),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(STAND_INS)
+    | st.sampled_from(VALUES),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
@@ -94,7 +100,9 @@ JSON_FILES = {"train-config": "x.json", "run-config": "x.json", "record": "stage
 
 
 @pytest.fixture(scope="module", params=sorted(JSON_FILES))
-def reader_and_seed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, Files, Path]:
+def reader_and_seed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Reader, Files, Path]:
     reader, folder = READERS[request.param], tmp_path_factory.mktemp("json")
     (folder / "seeds").mkdir()
     return reader, next(s for s in reader.seeds(folder / "seeds") if JSON_FILES[reader.name] in s), folder / "case"

@@ -75,8 +75,8 @@ def _metrics(folder: Path, *, epochs: int, torn: bool) -> None:
     lines: list[dict[str, Any]] = []
     for step in range(1, 10 * epochs + 1):
         loss, epoch = 3 / step, (step - 1) // 10
-        lines.append({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": 0.1 / step, "resolution": 32 + epoch,
-                      "images_per_s": 100.0 + step, "data_wait": 0.5, "num_ranks": 2})  # fmt: skip
+        rates = {"lr": 0.1 / step, "resolution": 32 + epoch, "images_per_s": 100.0 + step, "data_wait": 0.5}
+        lines.append({"kind": "step", "step": step, "epoch": epoch, "loss": loss, **rates, "num_ranks": 2})
         if step % 10 == 0:
             val = {"val_top1": step / 100, "val_top5": 1.0, "val_loss": loss}
             lines.append({"kind": "epoch", "step": step, "epoch": epoch, "loss": loss, "seconds": 1.0 * step, **val})

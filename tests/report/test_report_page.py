@@ -3,14 +3,12 @@
 import base64
 import io
 import re
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-sys.path.append(str(Path(__file__).parent))
 from fake_run import HOSTILE, make_run
+from PIL import Image
 
 from dp4tl_dist import table
 from dp4tl_dist.cli import main
@@ -24,15 +22,7 @@ from dp4tl_dist.report.sections import sentences
 from dp4tl_dist.report.selection import THUMB_SIDE, data_uri, selections
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report") / "run"
-    make_run(out)
-    return out
-
-
 def test_one_file_that_needs_nothing(whole: Path) -> None:
-    assert main(["report", str(whole)]) == 0
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert len(page) < 5 << 20
     assert not re.findall(r"<(?:link|iframe|object|embed|base|form)\b|@import|url\((?!#)", page)
@@ -59,13 +49,13 @@ def test_the_numbers_are_those_of_the_results(whole: Path) -> None:
 def test_the_sentence(whole: Path) -> None:
     first = next(iter(sentences(read_run(whole)))).replace("\N{NO-BREAK SPACE}", " ")
     assert first.startswith(
-        "lm@0.5 keeps 50 % of the source classes and reaches 79.50 ± 0.71 % on pets, 1.00 points below pretraining on all "
-        "classes and 19.00 points above a random choice of that size; it takes "
+        "lm@0.5 keeps 50 % of the source classes and reaches 79.50 ± 0.71 % on pets, 1.00 points below pretraining on "
+        "all classes and 19.00 points above a random choice of that size; it takes "
     )
 
 
 def test_hostile_names_are_text(whole: Path) -> None:
-    page = render(read_run(whole))
+    page = (whole / "report.html").read_text(encoding="utf-8")
     assert "<script>document" not in page
     assert "<img src=x" not in page
     assert "<b>bad</b>" not in page
@@ -89,8 +79,7 @@ def test_selection(whole: Path) -> None:
     assert len(first.pairs) == 2
 
 
-@pytest.mark.parametrize("stop_at", ["write-source-train", "surrogate", "vote-lm-pets", "pretrain-dense-s0",
-                                     "transfer-lp-lm@0.5-pets-s0", "pretrain-random@0.25-s1"])  # fmt: skip
+@pytest.mark.parametrize("stop_at", ["surrogate", "vote-lm-pets", "transfer-lp-lm@0.5-pets-s0"])
 def test_while_a_run_is_going_on(tmp_path: Path, stop_at: str) -> None:
     make_run(tmp_path, stop_at=stop_at)
     run = read_run(tmp_path)
@@ -104,16 +93,17 @@ def test_while_a_run_is_going_on(tmp_path: Path, stop_at: str) -> None:
         assert "Not measured yet: lm@0.5 on pets (lp)" in page
 
 
-def test_before_the_first_stage(tmp_path: Path) -> None:
-    make_run(tmp_path, stop_at="write-source-train")
-    for path in tmp_path.rglob("*"):
-        if path.is_file() and path.name != "config.json":
-            path.unlink()
-    assert "0 of 35 stages done, 35 pending" in render(read_run(tmp_path)).replace("\n", " ")
+def test_before_the_first_stage(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(whole / "config.json", tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+    page = (tmp_path / "report.html").read_text()
+    total = len(read_run(whole).graph.stages)
+    assert f"0 of {total} stages done, {total} pending" in page.replace("\n", " ")
 
 
-def test_damaged_files_are_named_and_left_out(tmp_path: Path) -> None:
-    make_run(tmp_path)
+def test_damaged_files_are_named_and_left_out(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     damaged = ["votes/vote-lm-pets.npz", "subsets/lm@0.5-pets.npz", "data/pets-test.beton", "surrogate/metrics.jsonl",
                "stages/pretrain-dense-s0.json", "transfer/lp-dense-pets-s1.json"]  # fmt: skip
     for name in damaged:
@@ -126,7 +116,7 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path) -> None:
 
 def test_caveats(whole: Path) -> None:
     said = list(caveats(read_run(whole)))
-    assert ("source", "1 unreadable images were left out") in said
+    assert ("source", "unreadable images left out: 1") in said
     assert ("source", "<b>bad</b>.jpg: not an image") in said
     assert ("surrogate", "was cut off and continued 1 time") in said
     assert ("surrogate", "warning: of surrogate") not in said

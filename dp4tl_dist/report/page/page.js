@@ -18,7 +18,7 @@ for (const button of document.querySelectorAll("button.sort")) button.addEventLi
   const value = (row) => row.cells[column].dataset.v;
   const compare = head.classList.contains("num")
     ? (a, b) => Number(value(a)) - Number(value(b))
-    : (a, b) => value(a).localeCompare(value(b), undefined, { numeric: true });
+    : (a, b) => value(a).localeCompare(value(b));
   const rows = [...table.tBodies[0].rows];
   const known = rows.filter((row) => value(row) !== "").sort((a, b) => (up ? 1 : -1) * compare(a, b));
   table.tBodies[0].append(...known, ...rows.filter((row) => value(row) === ""));
