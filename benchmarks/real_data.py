@@ -72,6 +72,15 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def unplaced(value: Any) -> Any:
+    """`value` with absolute paths cut to their last two names: where the data lay on one machine says nothing."""
+    if isinstance(value, dict):
+        return {key: unplaced(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unplaced(item) for item in value]
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and value.startswith("/") else value
+
+
 def _spread(cell: dict[str, Any]) -> str:
     return f" +- {cell['std']:.2f} (n = {len(cell['values'])})" if cell["std"] is not None else " (n = 1)"
 
@@ -101,7 +110,7 @@ def main() -> None:
     runs = ["surrogate", *(f"pretrain/{item.name}" for item in sorted((args.run / "pretrain").iterdir()))]
     record = {
         "name": args.record or args.run.name, "date": now.isoformat(timespec="seconds"), "note": args.note,
-        "command": args.command, "config": config, "arms": rows, "training": training(args.run, runs), "votes": voted,
+        "command": args.command, "config": unplaced(config), "arms": rows, "training": training(args.run, runs), "votes": voted,
         "machine": harness.machine() | {"load_at_end": os.getloadavg()}, "versions": harness.versions(),
         "git": harness.git(),
     }  # fmt: skip
