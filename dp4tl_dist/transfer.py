@@ -96,11 +96,12 @@ def transfer(
         fit.run()
     chosen = checkpoint.best(run)
     checkpoint.load_into(job.task.module, chosen)
+    about = checkpoint.read_meta(chosen)  # read before all ranks meet in `evaluate`: rank 0 deletes it afterwards
     if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
         raise RuntimeError("the linear probe changed its backbone: this is a defect of the tool, please report it")
     view = CentreView(config.train.val_resolution, config.train.val_ratio)
     score = evaluate(job.task, fit.engine, world, test_split, view)
-    result = summary(config, score, checkpoint.read_meta(chosen), target, inputs)
+    result = summary(config, score, about, target, inputs)
     result["seconds"] = round(time.monotonic() - started, 3)
     if world.is_main:
         write_json(out, result)
