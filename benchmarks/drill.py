@@ -133,7 +133,7 @@ class Drill:
         """Wait for a random moment of that kind; False where the run ended before."""
         if moment == "start":
             pause = self.random.uniform(0.3, self.starts[0])
-            return not self.until(process, lambda: time.monotonic() - self.began > pause) or process.poll() is None
+            return self.until(process, lambda: time.monotonic() - self.began > pause)
         steps = self.random.randint(1, 2 * STEPS_PER_KILL)
         # A run that goes on first drops the lines past its checkpoint: until then the file is the old one.
         if not self.until(process, lambda: file_number(out) != before and last_step(out) > self.first):

@@ -169,7 +169,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the config {path} ({error.strerror}): check --config") from error
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # syntax, letters, numbers of thousands of digits, endless nesting
+    except (ValueError, RecursionError) as error:  # syntax, letters, numbers of thousands of digits, nesting
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(content, dict):
@@ -215,7 +215,9 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
 def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Model:
     """`content` as a `model`, or a UserError that names the key, the reason and, for a typo, the known keys."""
     try:
-        return model.model_validate(content)
+        found = model.model_validate(content)
+        json.dumps(found.model_dump(mode="json"))  # what a run writes down
+        return found
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole config"
@@ -226,6 +228,8 @@ def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Mod
         reason = first["msg"].removeprefix("Value error, ")
         shown = f", not {first['input']!r}" if not isinstance(first["input"], dict) else ""
         raise UserError(f"{source}: {where}: {reason}{shown}{more}") from error
+    except ValueError as error:  # a hexadecimal number of thousands of digits
+        raise UserError(f"{source}: a value that cannot be written down ({error})") from error
 
 
 def load_config(model: type[Model], name: str, overrides: list[str] | None = None) -> Model:
