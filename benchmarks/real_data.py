@@ -110,7 +110,8 @@ def main() -> None:
     runs = ["surrogate", *(f"pretrain/{item.name}" for item in sorted((args.run / "pretrain").iterdir()))]
     record = {
         "name": args.record or args.run.name, "date": now.isoformat(timespec="seconds"), "note": args.note,
-        "command": args.command, "config": unplaced(config), "arms": rows, "training": training(args.run, runs), "votes": voted,
+        "command": args.command, "config": unplaced(config), "arms": rows,
+        "training": training(args.run, runs), "votes": voted,
         "machine": harness.machine() | {"load_at_end": os.getloadavg()}, "versions": harness.versions(),
         "git": harness.git(),
     }  # fmt: skip

@@ -36,7 +36,8 @@ def save(folder: Path, *, weights: dict[str, Tensor], state: dict[str, Any], met
     with atomic_folder(folder) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(plain, temporary / "weights.safetensors")
-        torch.save(state, temporary / "state.pt")
+        with open(temporary / "state.pt", "wb") as handle:  # torch's own file does not tell that a disk is full
+            torch.save(state, handle)
         digests = {name: digest_file(temporary / name) for name in FILES}
         (temporary / "meta.json").write_text(json.dumps({**meta, "digests": digests}, indent=2, sort_keys=True) + "\n")
 

@@ -1,6 +1,5 @@
 """Small raw betons and an untrained surrogate that the files here share."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from dp4tl_dist.files import make_meta
 from dp4tl_dist.models import build_model, logits_and_features, normalise
 from dp4tl_dist.train import checkpoint
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `ranks`
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 

@@ -1,0 +1,102 @@
+"""Ranks of `dp4tl` in processes of their own, one of which meets a fault at a step of its training."""
+
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ranks import CONTEXT
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    rank: int = 1
+    step: int = 3
+    path: str = ""
+    """The file that it is about."""
+
+    def strike(self) -> None:
+        if self.kind == "raise":
+            raise ZeroDivisionError("the seventh wave")
+        if self.kind == "exit":
+            os._exit(7)
+        if self.kind in ("SIGKILL", "SIGSTOP"):
+            os.kill(os.getpid(), getattr(signal, self.kind))
+        if self.kind == "memory":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            np.ones(1 << 28)
+        if self.kind == "truncate":
+            os.truncate(self.path, Path(self.path).stat().st_size // 2)
+        if self.kind == "replace":
+            Path(self.path + ".other").replace(self.path)
+
+
+def install(fault: Fault, rank: int) -> None:
+    """Have the fault strike this process, if it is its rank's."""
+    from dp4tl_dist.data.steps import Steps
+    from dp4tl_dist.train.loop import Fit
+
+    if rank != fault.rank:
+        return
+    if fault.kind == "thread":  # the thread that prepares batches ends without a word
+
+        def hand_over(self: Any, slot: int, item: Any) -> None:
+            raise SystemExit
+
+        Steps._hand_over = hand_over  # type: ignore[method-assign]
+        return
+    log_order = Fit._log_order
+
+    def struck(self: Any, batch: Any) -> None:
+        log_order(self, batch)
+        if self.at.step == fault.step:
+            fault.strike()
+
+    Fit._log_order = struck  # type: ignore[method-assign]
+
+
+def run_with_fault(argv: list[str], fault: Fault, folder: Path, *, num_ranks: int = 2) -> tuple[list[int], str, float]:
+    """(exit codes, what all ranks wrote, in order; seconds). A rank that is stopped is killed once the others ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = folder / "output.txt"
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(argv, fault, rank, num_ranks, port, str(text)), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    began = time.monotonic()
+    for process in ranks:
+        process.start()
+    for rank, process in enumerate(ranks):
+        if (fault.kind, fault.rank) != ("SIGSTOP", rank):
+            process.join(60)
+    took = time.monotonic() - began
+    alive = [process.is_alive() for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert alive == [(fault.kind, fault.rank) == ("SIGSTOP", rank) for rank in range(num_ranks)], text.read_text()
+    return [process.exitcode for process in ranks], text.read_text(), took
+
+
+def _rank(argv: list[str], fault: Fault, rank: int, num_ranks: int, port: int, text: str) -> None:
+    handle = os.open(text, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    from dp4tl_dist.cli import main
+
+    install(fault, rank)
+    sys.exit(main(argv))
