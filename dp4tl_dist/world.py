@@ -156,7 +156,7 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
         device_id=None if world.device == "cpu" else torch.device(world.device),
     )
     yield world
-    leave()  # a rank that fails gets here by `cli.main`, when its error is told: the others fail at once, and later
+    leave()  # a rank that fails leaves in `cli.main`, once its error is told: when it leaves, the others fail as well
 
 
 def leave() -> None:
@@ -165,8 +165,10 @@ def leave() -> None:
         sys.modules["torch.distributed"].destroy_process_group()
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error",
-        "Watchdog caught collective", "ncclRemoteError", "ncclSystemError")  # fmt: skip
+LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+    "timeout caused pair closure", "NCCL error", "Watchdog caught collective",
+)  # fmt: skip
 
 
 def lost_others(error: BaseException) -> bool:

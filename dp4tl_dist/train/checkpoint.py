@@ -96,17 +96,25 @@ def prune_old(run: Path, *, keep: int, step: int) -> None:
 
 
 def best(run: Path) -> Path:
-    """The checkpoint of a run with the best validation accuracy; the first of equals, which every run has saved."""
+    """The checkpoint of a run with the best validation; the first of equals, which every run has saved."""
     found = _first_best(readable(run))
     if found is None:
         raise UserError(f"{run} has no checkpoint with a validation accuracy: train it again")
     return found
 
 
+def goodness(val: Any) -> tuple[float, float]:
+    """What validations are compared by: accuracy, then loss, for small held-out sets tie often. Larger is better."""
+    top1, loss = (val.get("top1"), val.get("loss")) if isinstance(val, dict) else (None, None)
+    if not isinstance(top1, int | float):
+        return -1.0, 0.0
+    return float(top1), -float(loss) if isinstance(loss, int | float) else float("-inf")
+
+
 def _first_best(metas: dict[Path, dict[str, Any]]) -> Path | None:
-    found = {folder: meta["val"].get("top1") for folder, meta in metas.items() if isinstance(meta.get("val"), dict)}
-    scores = {folder: top1 for folder, top1 in found.items() if isinstance(top1, int | float)}
-    return max(scores, key=lambda folder: scores[folder], default=None)
+    scores = {folder: goodness(meta.get("val")) for folder, meta in metas.items()}
+    scored = [folder for folder in scores if scores[folder][0] >= 0]
+    return max(scored, key=lambda folder: scores[folder], default=None)
 
 
 def resolve(path: Path) -> Path:

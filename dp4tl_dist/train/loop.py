@@ -17,6 +17,7 @@ from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say
 from dp4tl_dist.schedule import learning_rate, resolution
+from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import DDPEngine
 from dp4tl_dist.train.evaluate import Score, evaluate
@@ -36,8 +37,8 @@ class Progress:
     seconds: float = 0.0
     restarts: int = 0
     val: dict[str, float] | None = None
-    best: float = -1.0
-    """Best validation accuracy so far."""
+    best: tuple[float, float] = checkpoint.goodness(None)
+    """The best validation so far."""
     since_log: list[torch.Tensor] = field(default_factory=list)
     bad_samples: torch.Tensor | int = 0
     """Samples of this rank's part of the epoch that could not be decoded and were left out."""
@@ -124,10 +125,8 @@ class Fit:
 
     def _due(self) -> bool:
         """Whether an epoch's end is saved for its own sake; rank 0's clock decides."""
-        waited = time.monotonic() - self.agreement.saved_at
-        return bool(
-            all_max(self.world, np.array([int(self.world.is_main and waited >= self.job.checkpoint.epoch_end_s)]))[0]
-        )
+        due = time.monotonic() - self.agreement.saved_at >= self.job.checkpoint.epoch_end_s
+        return bool(all_max(self.world, np.array([int(self.world.is_main and due)]))[0])
 
     def _batches(self, epoch: int, side: int) -> Generator[Batch, None, None]:
         job = self.job
@@ -210,8 +209,9 @@ class Fit:
         if last or time.monotonic() - self.said_at >= EPOCH_LINE_EVERY_S:
             self.said_at = time.monotonic()
             self._say(f"{job.label}: epoch {epoch + 1}/{job.optim.epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
-        better = score is not None and score.top1 > self.at.best
-        self.at.best = max(self.at.best, score.top1 if score else 0.0)
+        now = checkpoint.goodness(self.at.val)
+        better = now > self.at.best
+        self.at.best = max(self.at.best, now)
         return better
 
     def _save(self, *, stopping: bool) -> dict[str, Any]:
@@ -245,6 +245,6 @@ class Fit:
             "restarts": at.restarts,
             "seconds": round(at.seconds, 3),
             "val": at.val,
-            "best": at.best,
+            "best": list(at.best),
             "complete": at.step == job.num_steps,
         }

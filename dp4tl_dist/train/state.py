@@ -98,7 +98,7 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
         if "cuda_rng" in own and world.device != "cpu":
             torch.cuda.set_rng_state(own["cuda_rng"])
     fit.at.step, fit.at.seconds = int(meta["step"]), float(meta["seconds"])
-    fit.at.restarts, fit.at.val, fit.at.best = int(meta["restarts"]) + 1, meta["val"], float(meta["best"])
+    fit.at.restarts, fit.at.val, fit.at.best = int(meta["restarts"]) + 1, meta["val"], tuple(meta["best"])
     fit.at.moved = int(meta["num_ranks"]) != world.num_ranks
     if world.is_main and not meta["complete"]:
         other = f" (saved by {meta['num_ranks']} ranks)" if meta["num_ranks"] != world.num_ranks else ""

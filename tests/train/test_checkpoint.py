@@ -130,6 +130,12 @@ def test_the_best_is_the_first_of_equals(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path).name == "step_000000002"
 
 
+def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
+    vals = [{"top1": 0.5, "loss": 1.0}, {"top1": 0.5, "loss": 0.9}, {"top1": 0.4, "loss": 0.1}, {"top1": 0.5}, None]
+    ranked = sorted(vals, key=checkpoint.goodness, reverse=True)
+    assert ranked == [vals[1], vals[0], vals[3], vals[2], vals[4]]
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
