@@ -1,5 +1,6 @@
 """Configs: TOML read into frozen, documented, strictly validated models. An unknown key is an error."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -162,16 +163,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file (or the resolved .json of an earlier run) as a dict; anything else is a UserError with the line."""
     try:
         if path.stat().st_size > MAX_TOML_BYTES:
-            raise UserError(f"{path} is too large for a config: is it the right file?")
+            raise OSError(errno.EFBIG, "it is too large for a config")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        repr(content)  # a hexadecimal number of thousands of digits can be read, but neither shown nor written down
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}): check --config") from error
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:  # syntax, letters, numbers of thousands of digits, nesting
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise UserError(f"{path} is not valid {kind}: {error}") from error
+        raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a table of keys and values: is it a config?")
     return content
@@ -199,6 +198,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             raise UserError(f"--set {override!r} is not of the form table.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
+            repr(value)  # as in `read_toml`
         except (ValueError, RecursionError):
             value = text.strip()
         here = result
@@ -215,9 +215,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
 def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Model:
     """`content` as a `model`, or a UserError that names the key, the reason and, for a typo, the known keys."""
     try:
-        found = model.model_validate(content)
-        json.dumps(found.model_dump(mode="json"))  # what a run writes down
-        return found
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole config"
@@ -225,11 +223,8 @@ def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Mod
         if first["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(model, first["loc"][:-1]))
             raise UserError(f"{source}: unknown key {where!r}{more}: known here are {known}") from error
-        reason = first["msg"].removeprefix("Value error, ")
         shown = f", not {first['input']!r}" if not isinstance(first["input"], dict) else ""
-        raise UserError(f"{source}: {where}: {reason}{shown}{more}") from error
-    except ValueError as error:  # a hexadecimal number of thousands of digits
-        raise UserError(f"{source}: a value that cannot be written down ({error})") from error
+        raise UserError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}") from error
 
 
 def load_config(model: type[Model], name: str, overrides: list[str] | None = None) -> Model:

@@ -4,20 +4,22 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: everything is saved; run the same command again to continue
-
-
 LONGEST_LINE = 2000
+
+
+def printable(text: str) -> str:
+    """`text` in one line: characters that do not print (line ends, terminal codes) are shown as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UserError(ValueError):
     """Bad input or config. Its text is one line: what is wrong, where, and what to do. Exit code 2.
 
-    What it quotes may come from a stranger's file: characters that do not print (line ends, terminal codes) are shown
-    as escapes, and the middle of an endless line is left out.
+    What it quotes may come from a stranger's file: it is made printable, and the middle of an endless line left out.
     """
 
     def __init__(self, text: str) -> None:
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        line = printable(text)
         super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:1500]} ... {line[-400:]}")
 
 

@@ -7,11 +7,13 @@ import numpy as np
 
 from dp4tl_dist.data.beton import describe as describe_beton
 from dp4tl_dist.data.beton import open_beton
-from dp4tl_dist.errors import UserError
+from dp4tl_dist.errors import UserError, printable
 from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.prune.votes_file import load_votes
 
 NPZ_KINDS = ("votes", "subset", "scores")
 SHOWN_CLASSES = 8
+MAX_INDENT = 40
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,14 +32,21 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_folder(path: Path) -> dict[str, Any]:
     if (path / "meta.json").is_file():
-        return {"path": str(path), **read_json(path / "meta.json")}
+        return {"path": str(path), **_table(path / "meta.json")}
     metas = sorted((path / "checkpoints").glob("step_*/meta.json"))
     if metas:
-        return {"path": str(path), "checkpoint": str(metas[-1].parent), **read_json(metas[-1])}
+        return {"path": str(path), "checkpoint": str(metas[-1].parent), **_table(metas[-1])}
     if (path / "stages").is_dir():
-        records = [read_json(item) for item in sorted((path / "stages").glob("*.json"))]
-        return {"path": str(path), "kind": "run", "stages": {item["name"]: item["status"] for item in records}}
+        records = {item.stem: _table(item).get("status") for item in sorted((path / "stages").glob("*.json"))}
+        return {"path": str(path), "kind": "run", "stages": records}
     raise UserError(f"{path} holds nothing that dp4tl made: pass a beton, an .npz, a checkpoint or a run folder")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a table of keys and values: it was damaged, or dp4tl did not make it")
+    return content
 
 
 def _describe_npz(path: Path) -> dict[str, Any]:
@@ -51,23 +60,25 @@ def _describe_npz(path: Path) -> dict[str, Any]:
         shapes = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
         content = {"path": str(path), **meta, "arrays": shapes}
         if kind == "votes":
-            content["num_voters"] = int(arrays["predictions"].size)
-            content["groups_with_votes"] = int(np.count_nonzero(np.atleast_2d(arrays["votes"]).sum(axis=0)))
+            found = load_votes(path)
+            content["num_voters"] = len(found.predictions)
+            content["groups_with_votes"] = int(np.count_nonzero(found.votes.sum(axis=0)))
         return content
     raise UserError(errors[0])
 
 
 def render(content: dict[str, Any], indent: int = 0) -> str:
-    """The description as indented lines; long lists are cut."""
+    """The description as indented lines; long lists and deep tables are cut."""
     lines = []
     for key, value in content.items():
-        if isinstance(value, dict):
+        key = printable(key)  # what a stranger's file holds may be no name for a terminal
+        if isinstance(value, dict) and indent < MAX_INDENT:
             lines.append(f"{' ' * indent}{key}:")
             lines.append(render(value, indent + 2)) if value else None
         elif isinstance(value, list) and len(value) > SHOWN_CLASSES:
-            shown = ", ".join(str(item) for item in value[:SHOWN_CLASSES])
+            shown = printable(", ".join(str(item) for item in value[:SHOWN_CLASSES]))
             lines.append(f"{' ' * indent}{key}: {shown}, ... ({len(value)} in all)")
         else:
             text = ", ".join(str(item) for item in value) if isinstance(value, list) else value
-            lines.append(f"{' ' * indent}{key}: {text}")
+            lines.append(f"{' ' * indent}{key}: {printable(str(text))}")
     return "\n".join(line for line in lines if line)

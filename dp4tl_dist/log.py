@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dp4tl_dist.errors import UserError
+from dp4tl_dist.errors import UserError, printable
 
 PLAIN_EVERY_S = 10.0
 
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """One warning line on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def on_terminal() -> bool:

@@ -29,8 +29,9 @@ TYPES = {1: np.dtype("<i8"), 2: IMAGE}
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
 MAX_CLASSES = 1 << 17
 """Bounds what a damaged label can make us allocate; the largest label sets in use have about 20,000 classes."""
-MAX_PIXELS = 1 << 27
-"""Bounds what a small payload that claims large sides can make a decoding thread allocate: 400 MB."""
+MAX_PIXELS = 178_956_970
+"""Pillow's own limit, so that no written image is above it. It bounds what a payload of a few bytes that claims large
+sides can make a decoding thread allocate: half a gigabyte."""
 
 
 def metadata_dtype(fields: Iterable[int]) -> np.dtype[Any]:

@@ -121,8 +121,8 @@ def _pointer(rng: Random, content: bytearray, seed: bytes) -> None:
     """Both tables say another place."""
     numbers, spans, pointers = layout(seed)
     start, size = rng.choice(spans)
-    place = rng.choice((start + rng.randrange(size), numbers[-1][0] + 8 - rng.randrange(2 * size), 0, 3200, len(seed), 1 << 21,
-                        rng.getrandbits(64)))  # fmt: skip
+    inside, near_end = start + rng.randrange(size), numbers[-1][0] + 8 - rng.randrange(2 * size)
+    place = rng.choice((inside, near_end, 0, 3200, len(seed), 1 << 21, rng.getrandbits(64)))
     for at in rng.choice(pointers):
         content[at : at + 8] = struct.pack("<Q", place % 2**64)
 
@@ -160,14 +160,16 @@ def _mode(rng: Random, content: bytearray, seed: bytes) -> None:
     content[pointers[i][1] + 8 : pointers[i][1] + 16] = struct.pack("<Q", size)
 
 
+RUNS = (b"\x00", b"\xff", b"\xff\xd9", b"\xff\xc0", b"\xff\xff", b"\xff\x00", b"\xff\xd0", b"\xff\xda")
+
+
 def _payload(rng: Random, content: bytearray, seed: bytes) -> None:
     """Damage inside one payload: anywhere, or right after a marker."""
     start, size = rng.choice(layout(seed)[1])
     marks = [at for at in range(start, start + size - 4) if content[at] == 0xFF and content[at + 1] not in (0, 0xFF)]
     for _ in range(rng.choice((1, 2, 5))):
         at = rng.choice(marks) + rng.randrange(12) if marks and rng.random() < 0.6 else start + rng.randrange(size)
-        run = rng.choice((b"\x00", b"\xff", b"\xff\xd9", b"\xff\xc0", b"\xff\xff", b"\xff\x00", b"\xff\xd0", b"\xff\xda", rng.randbytes(1),
-                          rng.randbytes(4), rng.randbytes(60)))  # fmt: skip
+        run = rng.choice((*RUNS, *map(rng.randbytes, (1, 4, 60))))
         run = run[: max(0, start + size - at)]
         content[at : at + len(run)] = run
 
@@ -251,9 +253,10 @@ def decoded(beton: Beton, view: TrainView | CentreView, *, at_end: bool) -> tupl
     output = targets.memory[start : start + size].reshape(len(fits), SIDE, SIDE, 3)
     output[:] = 0 if at_end else 255
     perturb(0x5A if at_end else 0xA5)
+    heights, widths = beton.heights[fits].astype(np.int64), beton.widths[fits].astype(np.int64)
     status = decode_batch(
-        sources.memory, offsets, beton.sizes[fits].astype(np.int64), beton.modes[fits], beton.heights[fits].astype(np.int64),
-        beton.widths[fits].astype(np.int64), boxes, flips, output, pool=pool, num_workers=1,
+        sources.memory, offsets, beton.sizes[fits].astype(np.int64), beton.modes[fits], heights, widths, boxes, flips,
+        output, pool=pool, num_workers=1,
     )  # fmt: skip
     perturb(0)
     return output.copy(), status

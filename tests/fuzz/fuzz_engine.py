@@ -1,7 +1,8 @@
-"""Runs cases in child processes: a crash, a hang or too much memory ends a child, is counted, and the next one goes on."""
+"""Runs cases in child processes: what ends one (a crash, a hang, too much memory) is counted, and the next goes on."""
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import mmap
 import os
@@ -178,6 +179,7 @@ def _work(
     limit = pages * mmap.PAGESIZE + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # a crash is counted, and its dump would look like one of the tests themselves
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(-8, 2)  # M_ARENA_MAX: each arena would take 64 MiB of the limit
     os.chdir(work / "case")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries and `log.warn` tell the same on every case

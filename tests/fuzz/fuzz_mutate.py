@@ -1,4 +1,4 @@
-"""Mutations of bytes, of JSON and of TOML: what a bad disk, a cut-off copy or an ill-meaning stranger makes of a file."""
+"""Mutations of bytes, JSON and TOML: what a bad disk, a cut-off copy or an ill-meaning stranger makes of a file."""
 
 import json
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from typing import Any
 
 INTEGERS = (0, 1, 2, 3, 7, 255, 256, 4096, 65535, 65536, 2**21, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62,
             2**63 - 1, 2**63, 2**64 - 4096, 2**64 - 1)  # fmt: skip
-TEXTS = ("", " ", "\n", "a\nb", "\r\n", "\x1b[31mred", "\x00", "\u2028", "é\u0301", "\u202e", "日本", "\U0001f600", "'", '"', "%s",
-         "../../etc", "{0}", "x" * 3000, "\ud800", "nan", "1e999", "0x10", "-0", "timm:x")  # fmt: skip
-RAWS = ("NaN", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 3000, "[" * 200_000)
+TEXTS = ("", " ", "\n", "a\nb", "\r\n", "\x1b[31mred", "\x00", "\u2028", "é\u0301", "\u202e", "日本", "\U0001f600",
+         "'", '"', "%s", "../../etc", "{0}", "x" * 3000, "\ud800", "nan", "1e999", "0x10", "-0", "timm:x")  # fmt: skip
+RAWS = ("NaN", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 3000, "[" * 200_000,
+        '{"a":' * 900 + "1" + "}" * 900, "[" * 900 + "]" * 900)  # fmt: skip
 """What `json.dumps` would not write. In VALUES each has a stand-in, "@0@" and so on."""
 STAND_INS = tuple(f"@{i}@" for i in range(len(RAWS)))
 VALUES: tuple[Any, ...] = (
@@ -144,11 +145,12 @@ def dumped(value: Any) -> bytes:
 
 TOML_LINES = (
     "x = 1", "seed = 1", "seed = " + "9" * 5000, "seed = " + "[" * 3000 + "]" * 3000, "seed = 1979-05-27T07:32:00Z",
-    "seed = [1, 'a', {b = 1}]", "[train]", "[[train]]", "[train.train]", "train.epochs = 1", "epochs = 10000000000000000000",
-    '"\\u0000" = 1', '"a\\nb" = 1', "'' = ''", "é = 1", "\ufeffseed = 1", "seed = nan", "seed = +inf", "seed = 0x" + "f" * 5000,
-    "[" + ".".join("a" * 300) + "]", ".".join("b" * 2000) + " = 1", "lr = 1e999", 'arms = ["dense", "dense"]', "[targets]",
-    '[targets."../x"]', "seed = '''\n\n'''", "lr = '" + "x" * 5000 + "'", "a = {b = {c = {}}}", "x = " + "{a = " * 2000,
-    "seed = " + "[" * 100_000, "\x1b = 1", 'train = "a\\u001b[31m"', '"\\ud800" = 1', "\r", "\x00", "#" + "\x7f",
+    "seed = [1, 'a', {b = 1}]", "[train]", "[[train]]", "[train.train]", "train.epochs = 1", f"epochs = {10**19}",
+    '"\\u0000" = 1', '"a\\nb" = 1', "'' = ''", "é = 1", "\ufeffseed = 1", "seed = nan", "seed = +inf", "lr = 1e999",
+    "seed = 0x" + "f" * 5000, "epochs = 0x" + "f" * 5000, "[" + ".".join("a" * 300) + "]", ".".join("b" * 2000) + "=1",
+    'arms = ["dense", "dense"]', "[targets]", '[targets."../x"]', "seed = '''\n\n'''", "lr = '" + "x" * 5000 + "'",
+    "a = {b = {c = {}}}", "x = " + "{a = " * 2000, "seed = " + "[" * 100_000, "\x1b = 1", 'train = "a\\u001b[31m"',
+    '"\\ud800" = 1', "\r", "\x00", "#" + "\x7f",
 )  # fmt: skip
 
 

@@ -8,22 +8,21 @@ from random import Random
 from typing import Any
 
 import fuzz_beton
+import fuzz_checkpoint
 import numpy as np
-import torch
-from fuzz_formats import CANARY, mutate_npz, mutate_safetensors, mutate_state
+from fuzz_checkpoint import STEP
+from fuzz_formats import CANARY, mutate_npz
 from fuzz_mutate import TEXTS, mutate_bytes, mutate_json, mutate_lines, scalar
-from torch import nn
 
 from dp4tl_dist.config import PRESETS, TrainConfig, load_config
 from dp4tl_dist.data.subset import Subset, load_subset, save_subset
-from dp4tl_dist.files import digest_file, make_meta
+from dp4tl_dist.files import make_meta
+from dp4tl_dist.info import describe, render
 from dp4tl_dist.log import Metrics, read_jsonl, truncate_jsonl
-from dp4tl_dist.models import build_model
 from dp4tl_dist.pipeline import newest_meta, read_record
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
 from dp4tl_dist.run_config import RunConfig
-from dp4tl_dist.train import checkpoint
 
 Files = dict[str, bytes]
 Read = Callable[[Path], Iterator[None]]
@@ -98,78 +97,6 @@ def mutate_arrays(rng: Random, files: Files, others: list[Files]) -> Files:
     return {"x.npz": mutate_npz(rng, files["x.npz"], contents(others, "x.npz"))}
 
 
-# ---------------------------------------------------------------- checkpoint
-
-STEP = "checkpoints/step_000000007"
-
-
-def checkpoint_seeds(folder: Path) -> list[Files]:
-    torch.manual_seed(0)
-    model = build_model("resnet_tiny", 3)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3, 2))], lr=0.1, momentum=0.9)
-    optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
-    optimizer.step()
-    own = {"cpu_rng": torch.get_rng_state(), "buffers": {"a": torch.arange(4)}, "losses": [0.5, 1.5]}
-    config = {"model": {"arch": "resnet_tiny"}, "train": {"val_resolution": 32, "val_ratio": 0.875}}
-    meta = make_meta("checkpoint", config=config, seed=0) | {"classes": ["a", "b", "c"], "step": 7}
-    state = {"optimizer": optimizer.state_dict(), "ranks": [own]}
-    found = []
-    for dtype, val in ((torch.float32, {"top1": 0.5}), (torch.bfloat16, {"top1": 0, "loss": 2.5})):
-        weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
-        meta["val"] = val
-        checkpoint.save(folder / STEP, weights=weights, state=state, meta=meta)
-        found.append({f"{STEP}/{item.name}": item.read_bytes() for item in sorted((folder / STEP).iterdir())})
-    return found
-
-
-def mutate_checkpoint(rng: Random, files: Files, others: list[Files]) -> Files:
-    """One of the three files; mostly with the digests made right again, as who means ill would do."""
-    name = rng.choice(sorted(files))
-    change = {".json": mutate_json, ".pt": mutate_state, ".safetensors": mutate_safetensors}[Path(name).suffix]
-    changed = {**files, name: change(rng, files[name], contents(others, name))}
-    if not name.endswith(".json") and rng.random() < 0.8:
-        changed["resign"] = b""
-    return changed
-
-
-def read_checkpoint(folder: Path) -> Iterator[None]:
-    step = folder / STEP
-    if (folder / "resign").exists():
-        meta = json.loads((step / "meta.json").read_text())
-        meta["digests"] = {name: digest_file(step / name) for name in checkpoint.FILES}
-        (step / "meta.json").write_text(json.dumps(meta))
-    assert isinstance(checkpoint.readable(folder), dict)
-    errors: list[Exception] = []
-    parts: tuple[Callable[[], Any], ...] = (
-        lambda: checkpoint.resolve(step), lambda: checkpoint.best(folder), lambda: checkpoint.load_model(folder),
-        lambda: _check_state(checkpoint.load_state(step)),
-        lambda: [tensor.double().sum().item() for tensor in checkpoint.load_weights(step).values()],
-    )  # fmt: skip
-    for part in parts:
-        try:
-            part()
-        except ValueError as error:
-            errors.append(error)
-        yield
-    for error in errors:
-        raise error
-
-
-def _check_state(state: Any) -> None:
-    """Touch every byte of every tensor: one that lies about its size would read elsewhere."""
-    assert isinstance(state, dict)
-    stack: list[Any] = [state]
-    for _ in range(1000):
-        if not stack:
-            return
-        item = stack.pop()
-        if isinstance(item, torch.Tensor) and item.layout == torch.strided and item.numel() < 1 << 20:
-            if not item.is_meta:
-                item.clone().contiguous().view(-1).tolist()
-        elif isinstance(item, dict | list | tuple):
-            stack.extend(item.values() if isinstance(item, dict) else item)
-
-
 # ---------------------------------------------------------------- configs
 
 
@@ -209,8 +136,11 @@ timeout_s = 30.0
 [checkpoint]
 keep = 2
 """
-OVERRIDES = ("train.lr=1", "seed=7", "data.train=x", "a.b=1", "train=1", "train.train.train=1", "=", "a", "", ".=1", "..=", "seed=[", "seed={",
-             "train.lr=nan", "seed=1\n2", "seed=\x1b", "log.every=0", "log.every=9e9", "data.train='''", "[train].x=1")  # fmt: skip
+OVERRIDES = (
+    "train.lr=1", "seed=7", "data.train=x", "a.b=1", "train=1", "train.train.train=1", "=", "a", "", ".=1", "..=",
+    "seed=[", "seed={", "train.lr=nan", "seed=1\n2", "seed=\x1b", "log.every=0", "log.every=9e9", "data.train='''",
+    "[train].x=1", "train.epochs=0x" + "f" * 5000,
+)  # fmt: skip
 
 
 def config_seeds(model: type[Any], texts: list[str]) -> Callable[[Path], list[Files]]:
@@ -288,8 +218,10 @@ def read_records(folder: Path) -> Iterator[None]:
 
 
 LIST_CLASSES = ("ant", "bee", "12", "# odd", "two words", "é", "cat\tdog", *(f"class {i}" for i in range(40)))
-LIST_LINES = ("ant", "1", "99", "12", "9" * 5000, "-1", "٣", "²", "# a", "bee # b", "", " ", "\x00", "\x1b[31m", "a" * 5000, "b" * 300_000,
-              "\u2028", "x\ry", "é", "e\u0301", "ant,bee", "\ufeffant", "class 1\tx", *TEXTS)  # fmt: skip
+LIST_LINES = (
+    "ant", "1", "99", "12", "9" * 5000, "-1", "٣", "²", "# a", "bee # b", "", " ", "\x00", "\x1b[31m", "a" * 5000,
+    "b" * 300_000, "\u2028", "x\ry", "é", "e\u0301", "ant,bee", "\ufeffant", "class 1\tx", *TEXTS,
+)  # fmt: skip
 
 
 def list_seeds(folder: Path) -> list[Files]:
@@ -336,17 +268,49 @@ def read_metrics(folder: Path) -> Iterator[None]:
     yield
 
 
+# ---------------------------------------------------------------- what `dp4tl info` shows
+
+
+def info_seeds(folder: Path) -> list[Files]:
+    """Something of every kind; the last of its names is what is asked about."""
+    found = [*fuzz_beton.seeds(folder)[2:3], *votes_seeds(folder)[:2], *subset_seeds(folder)[:1]]
+    found += [
+        {name: files[name]} for files in fuzz_checkpoint.seeds(folder)[:1] for name in files if name.endswith(".json")
+    ]
+    found += [{"stages/x.json": record_seeds(folder)[0]["stages/x.json"]}]
+    result = make_meta("transfer", seed=0) | {"top1": 0.5, "classes": ["a", "b\n"], "per_class": [1, 2] * 9}
+    return [*found, {"x.json": json.dumps(result).encode()}]
+
+
+def mutate_described(rng: Random, files: Files, others: list[Files]) -> Files:
+    if "x.beton" in files:
+        return fuzz_beton.mutate(rng, {"x.beton": files["x.beton"]} if rng.random() < 0.5 else files, [files])
+    name = next(iter(files))
+    change = mutate_npz if name.endswith(".npz") else mutate_json
+    return {name: change(rng, files[name], [files[name]])}
+
+
+def read_info(folder: Path) -> Iterator[None]:
+    names = [path for path in folder.iterdir() if path.is_file() and path.name != "x.beton.json"]
+    path = names[0] if names else folder / STEP if (folder / STEP / "meta.json").exists() else folder
+    content = describe(path)
+    text = render(content)
+    assert text.replace("\n", "").isprintable() and json.dumps(content)
+    yield
+
+
 RUN_TOMLS = [RUN_TOML, *(path.read_text() for path in sorted(PRESETS.glob("*.toml")) if "targets" in path.read_text())]
 _ALL = (
     Reader("beton", fuzz_beton.seeds, fuzz_beton.mutate, fuzz_beton.read),
     Reader("votes", votes_seeds, mutate_arrays, read_votes),
     Reader("subset", subset_seeds, mutate_arrays, read_subset),
-    Reader("checkpoint", checkpoint_seeds, mutate_checkpoint, read_checkpoint),
+    Reader("checkpoint", fuzz_checkpoint.seeds, fuzz_checkpoint.mutate, fuzz_checkpoint.read),
     Reader("train-config", config_seeds(TrainConfig, [TRAIN_TOML]), mutate_config, read_config(TrainConfig)),
     Reader("run-config", config_seeds(RunConfig, RUN_TOMLS), mutate_config, read_config(RunConfig)),
     Reader("record", record_seeds, mutate_record, read_records),
     Reader("list", list_seeds, mutate_list, read_class_list),
     Reader("metrics", metrics_seeds, mutate_metrics, read_metrics),
+    Reader("info", info_seeds, mutate_described, read_info),
 )
 READERS = {reader.name: reader for reader in _ALL}
 

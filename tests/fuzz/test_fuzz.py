@@ -18,8 +18,6 @@ from fuzz_mutate import STAND_INS, VALUES, dumped
 from fuzz_readers import READERS, STEP, Files, Reader
 from run import NAMES
 
-from dp4tl_dist.errors import UserError
-
 CASES = {"beton": 200, "checkpoint": 100}
 
 
@@ -95,8 +93,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
-JSON_FILES = {"train-config": "x.json", "run-config": "x.json", "record": "stages/x.json", "checkpoint": f"{STEP}/meta.json",
-              "beton": "x.beton.json"}  # fmt: skip
+JSON_FILES = {
+    "train-config": "x.json", "run-config": "x.json", "record": "stages/x.json", "checkpoint": f"{STEP}/meta.json",
+    "beton": "x.beton.json",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sorted(JSON_FILES))
@@ -120,10 +120,3 @@ def test_any_json_is_read_or_refused(reader_and_seed: tuple[Reader, Files, Path]
     folder.mkdir(exist_ok=True)
     outcomes = list(fuzz_engine.run_case(reader, {**seed, name: dumped(content)}, folder))
     assert outcomes[-1] in ("read", "refused")
-
-
-def test_errors_are_one_line_whatever_they_quote() -> None:
-    text = str(UserError("a\nb\x1b[31m\u2028\ud800 é 日本 " + "x" * 5000 + " end"))
-    assert text.startswith(r"a\nb\x1b[31m\u2028\ud800 é 日本 xxx") and text.endswith("xxx end") and len(text) < 2000
-    assert text.isprintable()
-    assert str(UserError("plain  text")) == "plain  text"

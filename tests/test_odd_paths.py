@@ -1,0 +1,76 @@
+"""Spaces, quotes, unicode and line ends in paths and class names, through the real command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dp4tl_dist.cli import main
+from dp4tl_dist.data.beton import open_beton, sidecar
+from dp4tl_dist.data.subset import load_subset
+
+ODD = ("two  spaces", "quo'te\"s", "é 日本 \U0001f600", "line\nend\x1b[31m", "$HOME `x` *?[0] {a} %s \\n", "-dash=#,;")
+CLASSES = ("ant\nbee", "c'a\"t", "dôg \u2028", " wasp [0]")
+
+
+def run(*argv: object) -> int:
+    return main([str(item) for item in argv])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_paths(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / name
+    for label, class_name in enumerate(CLASSES):
+        folder = place / "images" / class_name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng([label, i]).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name[:4].strip()} {i}.png")
+    source, subset, config = (place / f"{name}.{suffix}" for suffix in ("beton", "npz", "toml"))
+    out, listed = place / f"run {name}", place / f"{name}.txt"
+    config.write_text(
+        f"[data]\ntrain = {json.dumps(str(source), ensure_ascii=False)}\n"
+        '[model]\narch = "resnet_tiny"\n[log]\ntensorboard = false\n[engine]\ndevice = "cpu"\n'
+        "[train]\nepochs = 1\npeak_epoch = 0.5\nbatch_size = 4\nresolution = 32\nval_resolution = 32\n"
+    )
+    assert run("write", "--images", place / "images", "--out", source, "--workers", 1) == 0
+    assert sorted(open_beton(source).classes) == sorted(CLASSES)
+    assert run("prune", "--source", source, "--random", "classes", "--keep", 0.5, "--out", subset) == 0
+    assert run("train", "--config", config, "--subset", subset, "--out", out) == 0
+    listed.write_text("# two\n0\n3\n")
+    assert run("prune", "--source", source, "--list", listed, "--out", place / "listed.npz") == 0
+    assert load_subset(place / "listed.npz", beton=open_beton(source)).groups.tolist() == [0, 3]
+    capsys.readouterr()
+    for path in (source, subset, out):
+        assert run("info", path) == 0
+        shown = capsys.readouterr().out
+        assert shown.replace("\n", "").isprintable() and all(":" in line for line in shown.splitlines())
+        assert run("info", path, "--json") == 0
+        assert Path(json.loads(capsys.readouterr().out)["path"]) == path
+    refused_in_one_line(place, source, config, capsys)
+
+
+def refused_in_one_line(place: Path, source: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors that name these paths take one printable line, whatever is in the paths."""
+    gone, broken = place / "none\n.beton", place / "images" / CLASSES[0] / "broken\n.png"
+    broken.write_bytes(b"no image")
+    sidecar(source).write_text("[]")
+    for argv in (
+        ("info", gone),
+        ("info", source),
+        ("write", "--images", gone, "--out", place / "x.beton"),
+        ("write", "--images", place / "images", "--out", place / "x.beton"),
+        ("write", "--images", place / "images", "--out", source),
+        ("prune", "--source", gone, "--random", "classes", "--keep", 0.5, "--out", place / "x.npz"),
+        ("prune", "--source", source, "--random", "classes", "--keep", 0.5, "--out", place / "x.npz"),
+        ("train", "--config", gone, "--out", place / "x"),
+        ("train", "--config", config, "--set", "seed=a\nb", "--out", place / "x"),
+        ("train", "--config", config, "--subset", gone, "--out", place / "x"),
+        ("run", "--config", gone, "--out", place / "x"),
+        ("odd\nverb",),
+    ):
+        assert run(*argv) == 2
+        error = capsys.readouterr().err
+        assert error.endswith("\n") and error[:-1].isprintable() and error.startswith("dp4tl: error: "), error
