@@ -1,7 +1,7 @@
 """The config of a whole run: what `dp4tl run` and the cluster launcher carry out."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,6 +19,7 @@ from dp4tl_dist.config import (
 ARM = re.compile(r"(?P<method>[a-z-]+)@(?P<keep>[0-9.]+)")
 METHODS = ("lm", "fm", "lm-reverse", "fm-reverse", "random", "random-samples")
 SYNTHETIC = "synthetic:"
+Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -63,8 +64,8 @@ class TransferStage(Table):
     cached: bool = False
     """Linear probes on features computed once."""
     val_share: Share = 0.1
-    lp: dict[str, Any] = {}
-    ff: dict[str, Any] = {}
+    lp: dict[str, Setting] = {}
+    ff: dict[str, Setting] = {}
 
 
 class RunConfig(Table):

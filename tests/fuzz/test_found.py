@@ -19,6 +19,7 @@ from dp4tl_dist.info import describe, render
 from dp4tl_dist.log import read_jsonl, truncate_jsonl, warn
 from dp4tl_dist.prune.select import read_list
 from dp4tl_dist.prune.votes_file import load_votes
+from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.train import checkpoint
 
 DIGITS = "9" * 5000
@@ -105,6 +106,16 @@ def test_numbers_of_thousands_of_digits(tmp_path: Path, content: str) -> None:
     for text in (DIGITS, "[" * 100_000):
         with pytest.raises(UserError, match="seed"):
             load_config(TrainConfig, str(tmp_path / "empty.toml"), [f"seed={text}"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), None, [1], {"a": {}}])
+def test_settings_of_a_transfer_are_plain_values(tmp_path: Path, value: object) -> None:
+    """Anything else would be written down as something else, or not at all."""
+    data = {"train": "a", "test": "b"}
+    content = {"source": {"train": "s"}, "targets": {"t": data}, "transfer": {"lp": {"epochs": 2, "lr": value}}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"transfer\.lp\.lr"):
+        load_config(RunConfig, str(tmp_path / "x.json"))
 
 
 def test_endless_words_in_a_list_of_classes(tmp_path: Path) -> None:
