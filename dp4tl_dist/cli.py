@@ -1,4 +1,4 @@
-"""The command `dp4tl`: one verb a stage. Here is how it ends; `verbs_data` and `verbs_train` have what it takes."""
+"""The command `dp4tl`: one verb a stage. Here is how it ends; the `verbs_*` modules have what it takes."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from dp4tl_dist import __version__, verbs_data, verbs_train
+from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_train
 from dp4tl_dist.arguments import Parser
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError
 from dp4tl_dist.launcher import die_with_parent, report_error
@@ -71,7 +71,7 @@ def fail(code: int, message: str, *, kind: str = "error", consequence: bool = Fa
 
 
 VERBS = (
-    verbs_data.write, verbs_data.info, verbs_train.train, verbs_data.vote, verbs_data.prune,
+    verbs_data.write, verbs_data.info, verbs_train.train, verbs_select.vote, verbs_select.prune,
     verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_train.report, verbs_data.doctor,
 )  # fmt: skip
 

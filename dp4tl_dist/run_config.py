@@ -14,6 +14,7 @@ from dp4tl_dist.config import (
     OptimConfig,
     Share,
     Table,
+    TaskConfig,
 )
 
 ARM = re.compile(r"(?P<method>[a-z-]+)@(?P<keep>[0-9.]+)")
@@ -50,6 +51,7 @@ class StageTrain(Table):
     """What a training stage sets; the data come from the graph."""
 
     model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     train: OptimConfig = OptimConfig()
     min_scale: Share = 0.08
     flip: bool = True

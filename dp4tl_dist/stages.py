@@ -1,42 +1,15 @@
 """The stage graph: from one RunConfig to the command lines that carry it out. Pure arithmetic on names and paths."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
+from dp4tl_dist.arms import select
 from dp4tl_dist.config import OptimConfig
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.recipes import RECIPES
-from dp4tl_dist.run_config import ARM, SYNTHETIC, RunConfig, StageTrain
+from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain
+from dp4tl_dist.stage import Stage, Trial
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run: a `dp4tl` command line, the files it reads and the one it makes."""
-
-    name: str
-    argv: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    output: Path
-    distributed: bool = False
-    config: dict[str, Any] | None = None
-    """Content of the file that argv's --config names; the runner writes it."""
-    also: tuple[Path, ...] = ()
-    """Further files that the stage makes."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One arm on one target with one seed: which stages made it."""
-
-    arm: str
-    target: str
-    seed: int
-    subset: Path | None
-    selection: tuple[str, ...]
-    """Stages whose time counts as selection: surrogate, vote, prune."""
-    pretrain: str
-    transfers: dict[Literal["lp", "ff"], str]
+__all__ = ["Graph", "Stage", "Trial"]
 
 
 class Graph:
@@ -55,11 +28,11 @@ class Graph:
         # Selection first, then arms seed by seed, so that an interrupted run has whole comparisons to show.
         trials = [(arm, target, seed) for seed in config.seeds for target in config.targets for arm in config.arms]
         for trial in trials:
-            self._select(*trial)
+            select(self, *trial)
         for trial in trials:
             self._trial(*trial)
 
-    def _add(self, stage: Stage) -> Path:
+    def add(self, stage: Stage) -> Path:
         self.stages.setdefault(stage.name, stage)
         return stage.output
 
@@ -74,9 +47,9 @@ class Graph:
                 "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
         argv += ["--skip-bad"] if write.skip_bad else []
         inputs = () if is_drawn else (Path(origin),)
-        return self._add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
+        return self.add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
 
-    def _train(
+    def train(
         self,
         name: str,
         table: StageTrain,
@@ -94,60 +67,19 @@ class Graph:
                 **{key: str(path) if path else "" for key, path in paths.items()},
                 **{key: getattr(table, key) for key in ("min_scale", "flip", "page_aware", "num_workers")},
             },
-            "model": table.model.model_dump(mode="json"),
-            "train": table.train.model_dump(mode="json"),
+            **{key: getattr(table, key).model_dump(mode="json") for key in ("model", "task", "train")},
             **{key: getattr(self.config, key).model_dump(mode="json") for key in ("engine", "log", "checkpoint")},
         }
         inputs = tuple(path for path in paths.values() if path)
         argv = ("train", "--config", str(self.config_path(name)), "--out", str(output))
-        return self._add(Stage(name, argv, inputs, output, distributed=True, config=config))
+        return self.add(Stage(name, argv, inputs, output, distributed=True, config=config))
 
     def config_path(self, name: str) -> Path:
         """Where the runner writes a stage's config."""
         return self.out / "configs" / f"{name}.json"
 
-    def _select(self, arm: str, target: str, seed: int) -> tuple[Path | None, tuple[str, ...]]:
-        """The subset of an arm (None for dense) and the stages it took."""
-        found = ARM.fullmatch(arm)
-        if not found:
-            return None, ()
-        method, keep = found["method"], found["keep"]
-        random = method.startswith("random")
-        name = f"prune-{arm}-s{seed}" if random else f"prune-{arm}-{target}"
-        selection: list[str] = []
-        argv = ["prune", "--source", str(self.source), "--keep", keep]
-        inputs = [self.source]
-        if random:
-            argv += ["--random", "samples" if method == "random-samples" else "classes", "--seed", str(seed)]
-        else:
-            votes = self._vote(method.removesuffix("-reverse"), target)
-            selection += ["surrogate", votes.stem]
-            argv += ["--votes", str(votes), *(["--reverse"] if method.endswith("-reverse") else [])]
-            inputs.append(votes)
-        output = self.out / "subsets" / f"{name.removeprefix('prune-')}.npz"
-        also: tuple[Path, ...] = ()
-        if self.source_val:
-            argv += ["--apply-to", str(self.source_val)]
-            inputs.append(self.source_val)
-            also = (output.with_suffix(".val.npz"),)
-        self._add(Stage(name, (*argv, "--out", str(output)), tuple(inputs), output, also=also))
-        return output, (*selection, name)
-
-    def _vote(self, method: str, target: str) -> Path:
-        seed = self.config.seeds[0]
-        surrogate = self._train("surrogate", self.config.surrogate, self.source, self.source_val, None, None, seed)
-        output = self.out / "votes" / f"vote-{method}-{target}.npz"
-        train = self.targets[target][0]
-        argv = ["vote", "--method", method, "--surrogate", str(surrogate), "--target", str(train), "--out", str(output)]
-        inputs = [surrogate, train]
-        if method == "fm":
-            argv += ["--source", str(self.source)]
-            inputs.append(self.source)
-        self._add(Stage(output.stem, tuple(argv), tuple(inputs), output, distributed=True))
-        return output
-
     def _trial(self, arm: str, target: str, seed: int) -> None:
-        subset, selection = self._select(arm, target, seed)
+        subset, selection = select(self, arm, target, seed)
         whose = "" if arm == "dense" or arm.startswith("random") else f"-{target}"
         name = f"pretrain-{arm}{whose}-s{seed}"
         train, indices = self.source, subset
@@ -155,10 +87,10 @@ class Graph:
             train, indices = self.out / "data" / f"{subset.stem}.beton", None
             argv = ("compact", "--source", str(self.source), "--subset", str(subset), "--out", str(train))
             stage = Stage(f"compact-{subset.stem}", argv, (self.source, subset), train, also=(Path(f"{train}.json"),))
-            self._add(stage)
+            self.add(stage)
             selection = (*selection, stage.name)
         val_subset = subset.with_suffix(".val.npz") if subset and self.source_val else None
-        run = self._train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed)
+        run = self.train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed)
         transfers = {
             mode: self._transfer(mode, f"{arm}-{target}-s{seed}", run, target, seed)
             for mode in self.config.transfer.modes
@@ -184,5 +116,5 @@ class Graph:
         }
         argv = ("transfer", "--config", str(self.config_path(name)), "--checkpoint", str(run), "--train", str(train),
                 "--test", str(test), "--mode", mode, "--out", str(output))  # fmt: skip
-        self._add(Stage(name, argv, (run, train, test), output, distributed=True, config=config))
+        self.add(Stage(name, argv, (run, train, test), output, distributed=True, config=config))
         return name

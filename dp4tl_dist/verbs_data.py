@@ -1,4 +1,4 @@
-"""The verbs that make and choose samples: write, info, vote, prune, compact, doctor.
+"""The verbs that make and show files: write, info, compact, doctor.
 
 What a verb needs is imported only when that verb runs.
 """
@@ -70,85 +70,6 @@ def run_doctor(args: argparse.Namespace) -> None:
     missing = [check.name for check in checks if check.status == "missing"]
     if missing:
         raise RuntimeError(f"required and missing: {', '.join(missing)}")
-
-
-def vote(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "vote", run_vote, "Let a surrogate vote for the source classes that matter to a target.")
-    parser.add_argument("--method", choices=("lm", "fm"), required=True, help="label mapping or feature mapping")
-    parser.add_argument("--surrogate", type=Path, required=True, help="a checkpoint folder or a run folder")
-    parser.add_argument(
-        "--target", type=Path, action="append", required=True, help="a target's training beton; may be repeated"
-    )
-    parser.add_argument("--source", type=Path, help="the source beton (fm: its class means are the centres)")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument(
-        "--resolution", type=int, help="side of the centre crop (default: the surrogate's validation side)"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads a rank; 0 shares the cores")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    add_out(parser, "the votes, an .npz file")
-
-
-def run_vote(args: argparse.Namespace) -> None:
-    from dp4tl_dist.files import check_output
-    from dp4tl_dist.log import say
-    from dp4tl_dist.world import joined
-
-    check_output(args.out, force=args.force)
-    from dp4tl_dist.prune.make import vote
-
-    with joined(args.device) as world:
-        summary = vote(world, method=args.method, surrogate=args.surrogate, targets=args.target, source=args.source,
-                       out=args.out, batch_size=args.batch_size, resolution=args.resolution,
-                       num_workers=args.workers, precision=args.precision, force=args.force)  # fmt: skip
-        if world.is_main:
-            say(f"{args.out}: {summary}")
-
-
-def prune(verbs: Verbs) -> None:
-    parser = add_verb(verbs, "prune", run_prune, "Choose the source samples to keep.")
-    parser.add_argument("--source", type=Path, required=True, help="the source beton")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--votes", type=Path, help="keep the classes with the most votes")
-    how.add_argument("--random", choices=("classes", "samples"), help="keep classes or samples drawn by --seed")
-    how.add_argument("--list", type=Path, help="keep the classes that a text file names, one a line")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--keep", type=float, help="share of the classes (or samples) to keep, 0 < KEEP <= 1")
-    amount.add_argument("--keep-classes", type=int, help="number of classes to keep")
-    amount.add_argument("--coverage", type=float, help="the fewest classes that hold this share of the votes")
-    parser.add_argument(
-        "--combine", choices=("normalised", "sum", "max"), default="normalised",
-        help="how the votes of several targets count together (default: each target's sum to 1)",
-    )  # fmt: skip
-    parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
-    parser.add_argument("--reverse", action="store_true", help="keep the classes with the fewest votes (a check)")
-    parser.add_argument("--seed", type=int, default=0, help="of --random")
-    parser.add_argument(
-        "--apply-to", type=Path, metavar="VAL.beton", help="prune the validation set alike, into OUT.val.npz"
-    )
-    add_out(parser, "the subset, an .npz file")
-
-
-def run_prune(args: argparse.Namespace) -> None:
-    from dp4tl_dist.log import say
-    from dp4tl_dist.prune.make import prune
-
-    summary = prune(source=args.source, out=args.out, votes=args.votes, random=args.random, list_file=args.list,
-                    keep=args.keep, keep_classes=args.keep_classes, coverage=args.coverage, reverse=args.reverse,
-                    combine=args.combine, weights=parse_weights(args.weights), seed=args.seed,
-                    apply_to=args.apply_to, force=args.force)  # fmt: skip
-    say(f"{args.out}: {summary}")
-
-
-def parse_weights(text: str | None) -> list[float] | None:
-    """ "2,1" -> [2.0, 1.0]"""
-    from dp4tl_dist.errors import UserError
-
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--weights {text!r} is not a list of numbers like 2,1") from error
 
 
 def compact(verbs: Verbs) -> None:

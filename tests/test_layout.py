@@ -17,17 +17,17 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "config", "files", "__init__", "machine"),
+    ("errors", "config", "config_file", "files", "__init__", "machine"),
     ("world",),
     ("log", "models", "recipes", "train.checkpoint"),
     ("data",),
     ("prune",),
     ("schedule", "train"),
     ("transfer",),
-    ("run_config", "stages"),
+    ("run_config", "stage", "arms", "stages"),
     ("report",),
     ("launcher", "table", "info", "doctor", "pipeline"),
-    ("arguments", "verbs_data", "verbs_train", "cli"),
+    ("arguments", "verbs_data", "verbs_select", "verbs_train", "cli"),
     ("__main__",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

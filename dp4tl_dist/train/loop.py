@@ -1,7 +1,6 @@
 """The one training loop: fit(job) -> epoch -> engine.step(batch) -> task(batch)["loss"]."""
 
 import contextlib
-import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dp4tl_dist.data.loader import IGNORED, Batch, CentreView, TrainView
 from dp4tl_dist.data.order import epoch_order, rank_batches
@@ -17,7 +15,7 @@ from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say
 from dp4tl_dist.schedule import learning_rate, resolution
-from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import DDPEngine
 from dp4tl_dist.train.evaluate import Score, evaluate
@@ -105,13 +103,13 @@ class Fit:
                     at.bad_samples += (batch.labels == IGNORED).sum()
                 at.step += 1
                 at.val = None  # it was that of other weights
-                self._log_order(batch)
+                watch.log_order(self, batch)
                 stop, save = self.agreement.after_step()
                 end_of_epoch = at.step == (epoch + 1) * job.steps_per_epoch
                 if at.step % job.log.every == 0 or end_of_epoch:
                     spent = time.monotonic() - begun
                     rate = (at.step - first) * job.optim.batch_size / spent
-                    loss = self._log_step(epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
+                    loss = watch.log_step(self, epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
                     advance(
                         at.step, job.num_steps, epoch=f"{epoch + 1}/{job.optim.epochs}", loss=loss, img_s=round(rate)
                     )
@@ -144,50 +142,6 @@ class Fit:
             view = TrainView(side, seed=job.seed, epoch=epoch, min_scale=job.data.min_scale, flip=job.data.flip)
         return job.train.source.epoch(list(mine), view)
 
-    def _mean_loss(self) -> float:
-        """The mean loss over the ranks and the steps since the last log line; one that is not finite ends the run."""
-        at, count = self.at, len(self.at.since_log)
-        mine = torch.stack(at.since_log).double().mean().item() if count else 0.0
-        loss = float(all_sum(self.world, np.array([mine]))[0]) / self.world.num_ranks
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.job.label}: the loss became {loss} within steps {at.step - count}..{at.step - 1}: "
-                f"lower train.lr; the last good checkpoint is kept in {self.job.out / 'checkpoints'}"
-            )
-        return loss
-
-    def _check_weights(self) -> None:
-        """The last step may have spoilt the weights without a loss to show it yet; then the run ends, too."""
-        spoilt = not all(value.isfinite().all() for value in self.job.task.module.state_dict().values())
-        if all_max(self.world, np.array([int(spoilt)]))[0]:
-            raise FloatingPointError(
-                f"{self.job.label}: the weights are not finite after step {self.at.step - 1}: "
-                f"lower train.lr; the last good checkpoint is kept in {self.job.out / 'checkpoints'}"
-            )
-
-    def _log_step(self, epoch: int, *, lr: float, side: int, rate: float, waited: float) -> float:
-        """Write a metrics line and start the next window of losses."""
-        at, loss = self.at, self._mean_loss()
-        at.since_log = []
-        if self.metrics:
-            self.metrics.write(
-                "step", step=at.step, epoch=epoch, loss=loss, lr=lr, resolution=side,
-                images_per_s=round(rate, 1), data_wait=round(waited, 4), num_ranks=self.world.num_ranks,
-            )  # fmt: skip
-        return loss
-
-    def _log_order(self, batch: Batch) -> None:
-        if not self.job.log.order:
-            return
-        mine = batch.identifiers.cpu()
-        parts = [torch.empty_like(mine) for _ in range(self.world.num_ranks)]
-        if self.world.num_ranks > 1:
-            dist.all_gather(parts, mine)
-        else:
-            parts = [mine]
-        if self.metrics:
-            self.metrics.order.add({"step": self.at.step, "identifiers": torch.cat(parts).tolist()})
-
     def _validate(self, epoch: int, loss: float, rate: float) -> bool:
         """Validate where it is due, write the epoch's line, and tell whether the model was never better."""
         job, last = self.job, self.at.step == self.job.num_steps
@@ -216,8 +170,8 @@ class Fit:
 
     def _save(self, *, stopping: bool) -> dict[str, Any]:
         """Save where the run stands, on all ranks together; then stop if that was asked."""
-        self._mean_loss()  # weights that a NaN has reached are never saved over good ones
-        self._check_weights()
+        watch.mean_loss(self)  # weights that a NaN has reached are never saved over good ones
+        watch.check_weights(self)
         self.at.seconds = time.monotonic() - self.started
         meta = run_state.save(self, must_succeed=stopping or self.at.step == self.job.num_steps)
         self.agreement.saved_at = time.monotonic()

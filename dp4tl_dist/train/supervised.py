@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dp4tl_dist.config import TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
@@ -20,7 +21,7 @@ from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
-from dp4tl_dist.train.task import Supervised
+from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
 
 
@@ -48,7 +49,7 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
         inputs["init"] = digest_file(folder / "meta.json")
     job = Job(
         out=out,
-        task=Supervised(model, label_smoothing=optim.label_smoothing),
+        task=make_task(config, model),
         train=train_split,
         val=val_split,
         classes=train_beton.classes,
@@ -68,6 +69,11 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
         fit = Fit(job, world)
         meta = fit.run()
     return meta
+
+
+def make_task(config: TrainConfig, model: nn.Module) -> Task:
+    """The objective that `task.kind` names, over `model`."""
+    return Supervised(model, label_smoothing=config.train.label_smoothing)
 
 
 @contextlib.contextmanager
