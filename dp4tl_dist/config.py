@@ -22,8 +22,8 @@ from dp4tl_dist.config_file import (
 
 __all__ = [
     "MAX_TOML_BYTES", "PRESETS", "CheckpointConfig", "Count", "DataConfig", "EngineConfig", "LogConfig", "Model",
-    "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table", "TaskConfig", "TrainConfig", "apply_overrides",
-    "find_config", "load_config", "read_toml", "validate",
+    "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table", "TaskConfig", "TrainConfig",
+    "apply_overrides", "find_config", "load_config", "read_toml", "validate",
 ]  # fmt: skip
 
 
