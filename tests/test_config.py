@@ -28,7 +28,7 @@ def refused(model: Any, content: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("model", "content", "where", "known"),
     [
-        (TrainConfig, {"sede": 1}, "'sede'", "checkpoint, data, engine, log, model, seed, train"),
+        (TrainConfig, {"sede": 1}, "'sede'", "checkpoint, data, engine, log, model, seed, task, train"),
         (TrainConfig, {"train": {"epoch": 1}}, "'train.epoch'", ", ".join(sorted(OptimConfig.model_fields))),
         (RunConfig, {"source": {"train": "a"}, "targets": {"t": {"train": "a", "test": "b", "val": "c"}}},
          "'targets.t.val'", "test, train"),
