@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dp4tl_dist import __version__
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.machine import hardware
 
 MAX_JSON_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 64 << 30
@@ -149,6 +150,7 @@ def make_meta(
         "config": config,
         "seed": seed,
         "inputs": dict(inputs or {}),
+        "hardware": hardware(),
     }
 
 

@@ -1,7 +1,10 @@
 """What this machine offers a run: SLURM, GPUs, cores, memory and space. Stdlib only, as `doctor` needs it."""
 
+import functools
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,26 @@ def _nccl(about: Mapping[str, Any], mend_torch: str) -> Check:
     return Check(
         "NCCL", "optional", "not in use without GPUs: ranks talk by gloo", mend_torch if about.get("gpus") else ""
     )
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def hardware() -> dict[str, Any]:
+    """What an artefact is made on: the processor, the machine's cores, and the GPUs that this process has begun to use.
+
+    Plain JSON types. The cores are the machine's own, so that ranks and pinned processes write the same bytes.
+    """
+    torch, gpus = sys.modules.get("torch"), list[str]()
+    if torch is not None and torch.cuda.is_initialized():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": processor(), "cores": os.cpu_count(), "gpus": gpus}
 
 
 def num_cores() -> int:

@@ -241,6 +241,8 @@ def test_meta_names_its_origin() -> None:
     meta = make_meta("votes", config={"a": 1}, seed=3, inputs={"source": "f00"})
     assert meta["kind"] == "votes" and meta["inputs"] == {"source": "f00"} and meta["seed"] == 3
     assert meta["command"].startswith("dp4tl ") and meta["version"]
+    assert meta["hardware"]["processor"] and meta["hardware"]["cores"] == os.cpu_count()
+    assert meta["hardware"]["gpus"] == []  # nothing here has begun to use one
     json.dumps(meta)
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from dp4tl_dist import __version__
 from dp4tl_dist.files import atomic_file
+from dp4tl_dist.machine import num_cores, processor
 from dp4tl_dist.report import sections, tables
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.collect import Run, read_run
@@ -101,14 +102,9 @@ def machine() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
-        "processor": f"{model}, {len(os.sched_getaffinity(0))} cores for this process",
+        "processor": f"{processor()}, {num_cores()} cores for this process",
         "memory": f"{memory:.0f} GiB",
         "system": platform.platform(),
         "Python": platform.python_version(),

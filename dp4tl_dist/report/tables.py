@@ -157,9 +157,20 @@ def stages(run: Run) -> Table:
         restarts = run.metas[name].get("restarts")
         rows.append((Link(name, f"#{anchor(name)}"), run.status(name), run.seconds(name),
                      ranks if isinstance(ranks, int) else None,
-                     restarts if isinstance(restarts, int) else None, short(run, stage.output)))  # fmt: skip
-    heads = (("stage", ""), ("state", ""), ("seconds", ".1f"), ("ranks", "d"), ("restarts", "d"), ("output", ""))
-    return Table("stages", heads, rows)
+                     restarts if isinstance(restarts, int) else None,
+                     hardware(run.metas[name].get("hardware")), short(run, stage.output)))  # fmt: skip
+    heads = (("stage", ""), ("state", ""), ("seconds", ".1f"), ("ranks", "d"), ("restarts", "d"), ("made on", ""))
+    return Table("stages", (*heads, ("output", "")), rows)
+
+
+def hardware(found: object) -> str | None:
+    """A meta's hardware as people say it; None where it tells none."""
+    if not isinstance(found, dict):
+        return None
+    listed = found.get("gpus")
+    gpus = [str(name) for name in listed] if isinstance(listed, list) else []
+    counts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    return ", ".join([*counts, str(found.get("processor")), f"{found.get('cores')} cores"])
 
 
 def datasets(run: Run) -> Table:

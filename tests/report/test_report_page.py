@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from dp4tl_dist import table
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.machine import processor
 from dp4tl_dist.report import selection, tables
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.charts import time_unit
@@ -52,6 +54,14 @@ def test_the_sentence(whole: Path) -> None:
         "lm@0.5 keeps 50 % of the source classes and reaches 79.50 ± 0.71 % on pets, 1.00 points below pretraining on "
         "all classes and 19.00 points above a random choice of that size; it takes "
     )
+
+
+def test_every_stage_tells_what_it_was_made_on(whole: Path) -> None:
+    shown = {row[0].text: row[5] for row in tables.stages(read_run(whole)).rows if isinstance(row[0], tables.Link)}
+    assert set(shown.values()) == {f"{processor()}, {os.cpu_count()} cores"}
+    several = {"processor": "P", "cores": 8, "gpus": ["A", "B", "A"]}
+    assert tables.hardware(several) == "2 x A, 1 x B, P, 8 cores"
+    assert tables.hardware(None) is None
 
 
 def test_hostile_names_are_text(whole: Path) -> None:
