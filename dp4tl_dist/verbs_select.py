@@ -43,20 +43,35 @@ def run_vote(args: argparse.Namespace) -> None:
 def prune(verbs: Verbs) -> None:
     parser = add_verb(verbs, "prune", run_prune, "Choose the source samples to keep.")
     parser.add_argument("--source", type=Path, required=True, help="the source beton")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--votes", type=Path, help="keep the classes with the most votes")
-    how.add_argument("--random", choices=("classes", "samples"), help="keep classes or samples drawn by --seed")
-    how.add_argument("--list", type=Path, help="keep the classes that a text file names, one a line")
+    parser.add_argument(
+        "--votes", type=Path, nargs="+", metavar="V.npz",
+        help="keep the classes with the most votes; of several files the votes count together",
+    )  # fmt: skip
+    parser.add_argument("--scores", type=Path, help="keep the samples that a scores file puts first")
+    parser.add_argument(
+        "--random", choices=("classes", "samples", "balanced"),
+        help="keep classes or samples drawn by --seed; balanced: the same share of the samples of every class",
+    )  # fmt: skip
+    parser.add_argument("--list", type=Path, help="keep the classes that a text file names, one a line")
+    parser.add_argument(
+        "--within-class", metavar="SCORES:SHARE",
+        help="of the kept classes' samples, keep this share: the best by a scores file or the method of --scores "
+        "(moderate:0.5), or random:SHARE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class-balanced", action=argparse.BooleanOptionalAction,
+        help="with --scores: the same share of every class, or not (default: as the method says)",
+    )  # fmt: skip
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--keep", type=float, help="share of the classes (or samples) to keep, 0 < KEEP <= 1")
     amount.add_argument("--keep-classes", type=int, help="number of classes to keep")
     amount.add_argument("--coverage", type=float, help="the fewest classes that hold this share of the votes")
     parser.add_argument(
-        "--combine", choices=("normalised", "sum", "max"), default="normalised",
-        help="how the votes of several targets count together (default: each target's sum to 1)",
+        "--combine", choices=("normalised", "max", "counts", "sum"), default="normalised",
+        help="how the votes of several targets count together (default: each target's sum to 1; sum is counts)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
-    parser.add_argument("--reverse", action="store_true", help="keep the classes with the fewest votes (a check)")
+    parser.add_argument("--reverse", action="store_true", help="keep what the ranking puts last (a check)")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
     parser.add_argument(
         "--apply-to", type=Path, metavar="VAL.beton", help="prune the validation set alike, into OUT.val.npz"
@@ -68,8 +83,9 @@ def run_prune(args: argparse.Namespace) -> None:
     from dp4tl_dist.log import say
     from dp4tl_dist.prune.make import prune
 
-    summary = prune(source=args.source, out=args.out, votes=args.votes, random=args.random, list_file=args.list,
-                    keep=args.keep, keep_classes=args.keep_classes, coverage=args.coverage, reverse=args.reverse,
+    summary = prune(source=args.source, out=args.out, votes=args.votes, scores=args.scores, random=args.random,
+                    list_file=args.list, within=args.within_class, balanced=args.class_balanced, keep=args.keep,
+                    keep_classes=args.keep_classes, coverage=args.coverage, reverse=args.reverse,
                     combine=args.combine, weights=parse_weights(args.weights), seed=args.seed,
                     apply_to=args.apply_to, force=args.force)  # fmt: skip
     say(f"{args.out}: {summary}")

@@ -36,6 +36,7 @@ LIGHT = {  # module -> what it may import beside the standard library
     "data/beton": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.data"},
     "data/subset": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.data"},
     "prune/select": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files"},
+    "prune/ranking": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.prune.select"},
 }
 DOORS = {"ffcv": ("dp4tl_dist/data/",), "deepspeed": ("dp4tl_dist/train/engine.py",), "submitit": ("launch/submit.py",)}
 

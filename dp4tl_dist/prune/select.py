@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dp4tl_dist.errors import UserError, one_of
 
 Groups = NDArray[np.int64]
-COMBINE = ("normalised", "sum", "max")
+COMBINE = ("normalised", "counts", "max", "sum")
 DECIMALS = 12  # of combined shares: rounding makes shares that are equal on paper compare equal
 MAX_LIST_BYTES = 16 << 20
 
@@ -59,15 +59,17 @@ def combine(
     """One row (groups,) of votes and of affinity from those of several targets (targets, groups).
 
     normalised: each target's votes and affinity are divided by its number of votes first, so that a big target does not
-    drown a small one. max: the largest of the normalised ones. sum: plain counts. `weights` (targets,) multiply rows.
+    drown a small one. max: the largest of the normalised ones. counts (or sum): plain counts. `weights` (targets,)
+    multiply rows.
     """
     one_of("--combine", how, COMBINE)
+    counts = how in ("counts", "sum")
     factors = np.ones(len(votes)) if weights is None else _weights(weights, len(votes))
     if len(votes) == 1:
         return votes[0], affinity[0]
-    if how == "sum" and weights is None:
+    if counts and weights is None:
         return votes.sum(axis=0), affinity.sum(axis=0)
-    if how != "sum":
+    if not counts:
         factors = factors / votes.sum(axis=1)
     shares, closeness = votes * factors[:, None], affinity * factors[:, None]
     if how == "max":
@@ -75,15 +77,16 @@ def combine(
     return np.round(shares.sum(axis=0), DECIMALS), closeness.sum(axis=0)
 
 
-def random_choice(num_items: int, count: int, *, seed: int) -> Groups:
-    """`count` of `num_items` ids, sorted; a smaller count of the same seed is a part of a larger one.
-
-    Drawn from raw generator output, which numpy keeps stable over its versions.
-    """
+def random_keys(num_items: int, *, seed: int) -> NDArray[np.uint64]:
+    """A random number for each item (num_items,): raw generator output, which numpy keeps stable over its versions."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed} is not between 0 and {2**63 - 1}")
-    keys = np.random.Philox(key=seed).random_raw(num_items)
-    return np.sort(np.argsort(keys, kind="stable")[:count]).astype(np.int64)
+    return np.random.Philox(key=seed).random_raw(num_items)
+
+
+def random_choice(num_items: int, count: int, *, seed: int) -> Groups:
+    """`count` of `num_items` ids, sorted; a smaller count of the same seed is a part of a larger one."""
+    return np.sort(np.argsort(random_keys(num_items, seed=seed), kind="stable")[:count]).astype(np.int64)
 
 
 def read_list(path: Path, classes: tuple[str, ...]) -> Groups:

@@ -88,6 +88,7 @@ class TestCombine:
 
     def test_sum_and_max(self) -> None:
         votes, affinity = select.combine(self.votes, self.affinity, how="sum")
+        assert np.array_equal(votes, select.combine(self.votes, self.affinity, how="counts")[0])
         assert votes.tolist() == [90, 11, 1, 8] and affinity.tolist() == [80.5, 16.5, 6.0, 7.0]
         votes, _ = select.combine(self.votes, self.affinity, how="max")
         np.testing.assert_allclose(votes, [0.9, 0.1, 0.1, 0.8], atol=1e-12)
