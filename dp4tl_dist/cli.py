@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_train
 from dp4tl_dist.arguments import Parser
-from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError
+from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError, one_line
 from dp4tl_dist.launcher import die_with_parent, report_error
+from dp4tl_dist.siblings import end_hung, stopped_ranks
 from dp4tl_dist.world import leave, lost_others
 
 
@@ -39,6 +40,10 @@ def carry_out(argv: Sequence[str] | None) -> int:
         if lost_others(error):
             time.sleep(1)  # the rank that is the cause speaks first
             line = str(error).strip().splitlines()[0]
+            if hung := ", ".join(map(str, stopped_ranks())):
+                return fail(
+                    EXIT_FAILURE, f"rank {hung} is stopped (SIGSTOP, or a debugger) and did not answer ({line})"
+                )
             return fail(EXIT_FAILURE, f"another rank ended, or does not answer any more ({line})", consequence=True)
         return fail(EXIT_FAILURE, out_of_memory(error) or f"{error or type(error).__name__}")
     except Exception as error:  # a defect: show where, and still tell whoever started this rank
@@ -59,6 +64,7 @@ def out_of_memory(error: BaseException) -> str:
 
 def fail(code: int, message: str, *, kind: str = "error", consequence: bool = False) -> int:
     """Print one line, leave it for whoever started this rank, and return the code."""
+    message = one_line(message)
     report_error(code, message, consequence=consequence)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     # Bad input is bad on every rank alike, and a stop is agreed: one line is enough.
@@ -66,7 +72,9 @@ def fail(code: int, message: str, *, kind: str = "error", consequence: bool = Fa
         time.sleep(1)  # the first rank to end has the others ended: let rank 0 speak
     if rank == "0" or code == EXIT_FAILURE:
         where = f"dp4tl [rank {rank}]" if rank != "0" else "dp4tl"
-        print(f"{where}: {kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{where}: {kind}: {message}", file=sys.stderr, flush=True)
+    if code == EXIT_FAILURE:
+        end_hung()
     return code
 
 

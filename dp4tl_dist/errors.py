@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def one_line(text: str) -> str:
+    """`text` with its lines in one, and printable; spaces inside a line are kept, as a path may have several."""
+    return printable(" ".join(line.strip() for line in text.split("\n") if line.strip()))
+
+
 class UserError(ValueError):
     """Bad input or config. Its text is one line: what is wrong, where, and what to do. Exit code 2.
 

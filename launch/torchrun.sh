@@ -41,7 +41,7 @@ if [ -s "$DP4TL_ERROR_FILE" ]; then
     # torchrun's own report is long: say what came first once more, where it is seen.
     "$python" -c 'import json, sys
 found = json.load(open(sys.argv[1]))
-print("torchrun.sh:", " ".join(found["message"].split()), file=sys.stderr)
+print("torchrun.sh:", found["message"], file=sys.stderr)
 sys.exit(found["code"])' "$DP4TL_ERROR_FILE" || status=$?
 fi
 exit "$status"

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class Fault:
             os._exit(7)
         if self.kind in ("SIGKILL", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, self.kind))
+        if self.kind == "hang":
+            while True:  # also asked to end: the signal sets a flag that nobody reads here
+                time.sleep(1)
         if self.kind == "memory":
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
@@ -42,7 +46,7 @@ class Fault:
 def install(fault: Fault, rank: int) -> None:
     """Have the fault strike this process, if it is its rank's."""
     from dp4tl_dist.data.steps import Steps
-    from dp4tl_dist.train.loop import Fit
+    from dp4tl_dist.train import watch
 
     if rank != fault.rank:
         return
@@ -53,14 +57,14 @@ def install(fault: Fault, rank: int) -> None:
 
         Steps._hand_over = hand_over  # type: ignore[method-assign]
         return
-    log_order = Fit._log_order
+    log_order = watch.log_order
 
-    def struck(self: Any, batch: Any) -> None:
-        log_order(self, batch)
-        if self.at.step == fault.step:
+    def struck(fit: Any, batch: Any) -> None:
+        log_order(fit, batch)
+        if fit.at.step == fault.step:
             fault.strike()
 
-    Fit._log_order = struck  # type: ignore[method-assign]
+    watch.log_order = struck
 
 
 def run_with_fault(argv: list[str], fault: Fault, folder: Path, *, num_ranks: int = 2) -> tuple[list[int], str, float]:
@@ -88,6 +92,15 @@ def run_with_fault(argv: list[str], fault: Fault, folder: Path, *, num_ranks: in
     return [process.exitcode for process in ranks], text.read_text(), took
 
 
+def torchrun_with_fault(argv: list[str], fault: Fault) -> tuple[int, str, float]:
+    """As `run_with_fault`, by torchrun on two ranks: (its exit code, what was written to stderr, seconds)."""
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, fault.kind, str(fault.rank)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    began = time.monotonic()
+    process = subprocess.run([sys.executable, *line, *argv], env=environ, capture_output=True, text=True, timeout=100)
+    return process.returncode, process.stderr, time.monotonic() - began
+
+
 def _rank(argv: list[str], fault: Fault, rank: int, num_ranks: int, port: int, text: str) -> None:
     handle = os.open(text, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
@@ -100,3 +113,10 @@ def _rank(argv: list[str], fault: Fault, rank: int, num_ranks: int, port: int, t
 
     install(fault, rank)
     sys.exit(main(argv))
+
+
+if __name__ == "__main__":  # a rank that torchrun started: KIND RANK ARGV...
+    from dp4tl_dist.cli import main
+
+    install(Fault(sys.argv[1], int(sys.argv[2])), int(os.environ["RANK"]))
+    sys.exit(main(sys.argv[3:]))

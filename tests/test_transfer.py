@@ -24,8 +24,7 @@ from dp4tl_dist.files import make_meta
 from dp4tl_dist.log import read_jsonl
 from dp4tl_dist.models import build_model, normalise
 from dp4tl_dist.recipes import TransferConfig, recipe
-from dp4tl_dist.train import checkpoint
-from dp4tl_dist.train import loop as train_loop
+from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.transfer import LinearProbe, Target, build_module, cache_features, make_job, open_target, transfer
@@ -277,14 +276,14 @@ def test_existing_results_and_force(root: Path, tmp_path: Path, capsys: pytest.C
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGUSR2 arrives after that step."""
-    log_order = Fit._log_order
+    log_order = watch.log_order
 
-    def signalled(self: Fit, batch: Any) -> None:
-        log_order(self, batch)
-        if self.at.step == step:
+    def signalled(fit: Fit, batch: Any) -> None:
+        log_order(fit, batch)
+        if fit.at.step == step:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    monkeypatch.setattr(train_loop.Fit, "_log_order", signalled)
+    monkeypatch.setattr(watch, "log_order", signalled)
 
 
 @pytest.mark.parametrize(("mode", "more"), [("lp", ["--cached"]), ("ff", [])])

@@ -1,6 +1,7 @@
 """Engines: what runs an optimizer step over the ranks. One door for data parallelism, precision and compilation."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,11 +37,16 @@ class DDPEngine:
         wrapped: Any = module
         if self.world.num_ranks > 1:
             # Batch-norm buffers stay local while training, and are averaged where they matter: `averaged_buffers`.
+            # After the first step DDP lays its buckets out anew, by the order in which gradients came, and with them
+            # the order in which more than two ranks sum. Looking for unused parameters keeps it from that: a resumed
+            # run on CPUs ends bit-equal. On GPUs speed matters more.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
             wrapped = nn.parallel.DistributedDataParallel(
                 module,
                 device_ids=[torch.device(self.world.device).index] if self.cuda else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                find_unused_parameters=not self.cuda,
             )
         self.ddp = wrapped if wrapped is not module else None
         return torch.compile(wrapped) if self.compiled else wrapped

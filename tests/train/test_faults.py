@@ -16,7 +16,7 @@ import pytest
 import torch
 from cores import one_core
 from data_factory import make_beton
-from fault_ranks import Fault, run_with_fault
+from fault_ranks import Fault, run_with_fault, torchrun_with_fault
 
 from dp4tl_dist import launcher
 from dp4tl_dist.cli import main
@@ -25,7 +25,7 @@ from dp4tl_dist.data.loader import IGNORED, Batch
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE
 from dp4tl_dist.launcher import StageProcess
 from dp4tl_dist.log import JsonLines, read_jsonl
-from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import loop as train_loop
 from dp4tl_dist.train.saver import Saver, snapshot
 from dp4tl_dist.train.task import Supervised
@@ -88,6 +88,29 @@ def test_a_rank_that_fails_ends_all(folder: Path, kind: str, code: int, told: st
     assert told in errors[0] and len(errors) == (2 if told else 1), text
     assert took < TIMEOUT_S + 30
     assert shared_files() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("SIGSTOP", "rank 1 is stopped (SIGSTOP, or a debugger) and did not answer"), ("hang", "another rank ended, or")],
+)
+def test_a_rank_that_hangs_is_ended_at_once_under_torchrun(folder: Path, kind: str, told: str) -> None:
+    """torchrun itself would wait for half a minute after the timeout."""
+    code, text, took = torchrun_with_fault(argv(folder), Fault(kind))
+    assert code != 0 and f"dp4tl: error: {told}" in text
+    assert "Signal 9 (SIGKILL)" in text or "exitcode: -9" in text, text
+    assert took < TIMEOUT_S + 26  # 4 s of grace, and slow imports: still not the 30 s of torchrun
+    assert not [line for line in processes() if str(folder) in line]
+
+
+def processes() -> list[str]:
+    """The command lines of all processes that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["truncate", "replace"])
@@ -223,13 +246,13 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> None:
     """Have the next runs of this process act after these steps."""
-    log_order = train_loop.Fit._log_order
+    log_order = watch.log_order
 
-    def acting(self: Any, batch: Any) -> None:
-        log_order(self, batch)
-        actions.get(self.at.step, lambda: None)()
+    def acting(fit: Any, batch: Any) -> None:
+        log_order(fit, batch)
+        actions.get(fit.at.step, lambda: None)()
 
-    monkeypatch.setattr(train_loop.Fit, "_log_order", acting)
+    monkeypatch.setattr(watch, "log_order", acting)
 
 
 def fill(disk: Path) -> None:

@@ -23,7 +23,7 @@ from dp4tl_dist.cli import main
 from dp4tl_dist.config import TrainConfig, load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED
 from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import loop as train_loop
 from dp4tl_dist.train.supervised import train
 from dp4tl_dist.world import World
@@ -230,19 +230,18 @@ def stopped(root: Path, tmp_path: Path) -> Path:
 
 def stop_at(line: list[str], step: int) -> int:
     """Run the command here; SIGUSR2 arrives while the order of `step` is written down."""
-    fit = train_loop.Fit
-    log_order = fit._log_order
+    log_order = watch.log_order
 
-    def signalled(self: Any, batch: Any) -> None:
-        log_order(self, batch)
-        if self.at.step == step:
+    def signalled(fit: Any, batch: Any) -> None:
+        log_order(fit, batch)
+        if fit.at.step == step:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    fit._log_order = signalled  # type: ignore[method-assign]
+    watch.log_order = signalled
     try:
         return command(line)
     finally:
-        fit._log_order = log_order  # type: ignore[method-assign]
+        watch.log_order = log_order
 
 
 @pytest.mark.parametrize("step", [14, 15, 16])
