@@ -14,33 +14,25 @@ import datetime
 import json
 import os
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
 from provenance import RESULTS, ROOT, git, machine, relative, source_hash, versions
 from rich.console import Console
 from rich.table import Table
+from workers import Seconds, Workers, rank_environs, serve, timed
 
 __all__ = [
-    "RESULTS", "ROOT", "Bench", "Case", "Seconds", "Workers", "git", "machine", "parse", "refuse", "relative", "serve",
-    "source_hash", "versions",
+    "RESULTS", "ROOT", "Bench", "Case", "Seconds", "Workers", "git", "machine", "parse", "rank_environs", "refuse",
+    "relative", "serve", "source_hash", "versions",
 ]  # fmt: skip
 
 sys.path.insert(0, str(ROOT))  # this checkout is measured, not an installed copy: the record names its commit
-
-
-class Seconds(float):
-    """What a case returns that was timed elsewhere, in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +44,17 @@ class Case:
     """How many items a run handles: ratios are of the times for one item."""
     note: str = ""
     """What a reader must know to compare fairly."""
+    facts: Callable[[], Mapping[str, float | str]] | None = None
+    """What else was found, asked once all runs are over: columns of their own."""
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, *, runs: int = 5, warmup: int = 1) -> argparse.Namespace:
     """The script's arguments and those that all scripts share."""
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="timed runs of each case (default: 5)")
-    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before them that do not count")
+    parser.add_argument(
+        "--runs", type=int, default=runs, metavar="N", help=f"timed runs of each case (default: {runs})"
+    )
+    help_warmup = f"runs before them that do not count (default: {warmup})"
+    parser.add_argument("--warmup", type=int, default=warmup, metavar="N", help=help_warmup)
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, e.g. ffcv")
     parser.add_argument("--record", action="store_true", help="write the result to benchmarks/results/ as well")
     parser.add_argument("--json", action="store_true", help="print JSON alone, without tables")
@@ -72,23 +69,32 @@ class Bench:
         self.comparisons: list[dict[str, Any]] = []
         self.load_at_start = os.getloadavg()
 
-    def compare(self, title: str, cases: Sequence[Case], *, unit: str, runs: int | None = None, aim: str = "") -> None:
-        """Run the cases in turns (A B A B ...) and print how they compare."""
+    def compare(
+        self,
+        title: str,
+        cases: Sequence[Case],
+        *,
+        unit: str,
+        runs: int | None = None,
+        aim: str = "",
+        peers: bool = True,
+    ) -> None:
+        """Run the cases in turns (A B A B ...) and print how they compare; no ratios where they are no `peers`."""
         runs, warmup = runs or self.arguments.runs, self.arguments.warmup
         cases = [case for case in cases if case.name.split()[0] not in self.arguments.without]
         seconds: dict[str, list[float]] = {case.name: [] for case in cases}
         print(f"{title} ...", file=sys.stderr)
         for i in range(-warmup, runs):
             for case in cases:
-                took = _seconds(case.run)
+                took = timed(case.run)
                 if i >= 0:
                     seconds[case.name].append(took)
         first = cases[0]
-        rows = [_row(case, seconds[case.name], first, seconds[first.name]) for case in cases]
+        rows = [_row(case, first if peers else case, seconds) for case in cases]
         found: dict[str, Any] = {"title": title, "unit": unit, "runs": runs, "warmup": warmup, "aim": aim, "rows": rows}
         self.comparisons.append(found)
         if not self.arguments.json:
-            _show(found)
+            _show(found, peers=peers)
 
     def finish(self) -> None:
         """Print the JSON if that was asked for, and write the record if that was."""
@@ -121,14 +127,9 @@ def refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = run()
-    return float(result) if isinstance(result, Seconds) else time.perf_counter() - start
-
-
-def _row(case: Case, seconds: list[float], first: Case, first_seconds: list[float]) -> dict[str, Any]:
-    each, first_each = np.array(seconds) / case.items, np.array(first_seconds) / first.items
+def _row(case: Case, first: Case, of: dict[str, list[float]]) -> dict[str, Any]:
+    seconds = of[case.name]
+    each, first_each = np.array(seconds) / case.items, np.array(of[first.name]) / first.items
     quarter, three_quarters = np.percentile(seconds, [25, 75])
     return {
         "name": case.name,
@@ -142,17 +143,22 @@ def _row(case: Case, seconds: list[float], first: Case, first_seconds: list[floa
         "items_per_second": case.items / median(seconds),
         "ratio_of_medians": float(np.median(each) / np.median(first_each)),
         "median_of_pairwise_ratios": float(np.median(each / first_each)),
+        "facts": dict(case.facts()) if case.facts else {},
     }
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], *, peers: bool) -> None:
     table = Table(title=found["title"], title_justify="left")
-    for name in ("case", "median", "min .. max", f"{found['unit']} a second", "x ours", "in pairs"):
+    facts = list(dict.fromkeys(name for row in found["rows"] for name in row["facts"]))
+    ratios = ("x ours", "in pairs") if peers else ()
+    for name in ("case", "median", "min .. max", f"{found['unit']} a second", *ratios, *facts):
         table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     for i, row in enumerate(found["rows"]):
-        ratios = ("", "") if i == 0 else (f"{row['ratio_of_medians']:.2f}", f"{row['median_of_pairwise_ratios']:.2f}")
+        numbers = (f"{row['ratio_of_medians']:.2f}", f"{row['median_of_pairwise_ratios']:.2f}")
+        compared = () if not peers else numbers if i else ("", "")
         spread = f"{_time(row['min'])} .. {_time(row['max'])}"
-        table.add_row(row["name"], _time(row["median"]), spread, _count(row["items_per_second"]), *ratios)
+        more = (_fact(row["facts"].get(name, "")) for name in facts)
+        table.add_row(row["name"], _time(row["median"]), spread, _count(row["items_per_second"]), *compared, *more)
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, highlight=False)
     console.print(table)
     console.print(f"  {found['runs']} runs in turns after {found['warmup']} of warm-up")
@@ -168,71 +174,12 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
+def _fact(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
 def _count(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {letter}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-# ---------------------------------------------------------------- cases in processes of their own
-
-
-class Workers:
-    """Processes that hold a case ready and run it, all at the same time, whenever the object is called."""
-
-    def __init__(self, commands: Sequence[Sequence[str]], environs: Sequence[Mapping[str, str]] = ()) -> None:
-        environs = environs or [{}] * len(commands)
-        self.commands = [shlex.join([sys.executable, *command]) for command in commands]
-        self.processes = [
-            subprocess.Popen(
-                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, **environ},
-            )
-            for command, environ in zip(self.commands, environs, strict=True)
-        ]  # fmt: skip
-        for process in self.processes:
-            self._answer(process)
-
-    def __call__(self, what: str = "run") -> Seconds:
-        """Let all run `what`; the seconds of the slowest."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(what + "\n")
-            process.stdin.flush()
-        return Seconds(max(float(self._answer(process)) for process in self.processes))
-
-    def _answer(self, process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            self.close()
-            raise RuntimeError(f"{self.commands[self.processes.index(process)]} ended early: its error stands above")
-        return line
-
-    def close(self) -> None:
-        for process in self.processes:
-            assert process.stdin is not None
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-        for process in self.processes:
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def serve(run: Callable[[str], object]) -> None:
-    """The other side of Workers: `run` with each line that comes in, and its seconds as the answer."""
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what libraries print is not an answer
-        print("ready", file=answers, flush=True)
-        for line in sys.stdin:
-            print(_seconds(partial(run, line.strip())), file=answers, flush=True)

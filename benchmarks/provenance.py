@@ -13,7 +13,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "ffcv", "numba", "pillow")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "ffcv", "numba", "pillow", "deepspeed", "nvidia-dali-cuda130",
+    "mosaicml-streaming",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -22,14 +25,25 @@ def machine() -> dict[str, Any]:
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
         model = found[1] if found else model
-    cores = len(os.sched_getaffinity(0))
-    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    cores, found_gpus = len(os.sched_getaffinity(0)), gpus()
+    parts = [model, f"{cores}c", *(f"{len(found_gpus)}x {name}" for name in dict.fromkeys(found_gpus))]
     return {
-        "name": f"{name}-{cores}c",
+        "name": re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-"),
         "cpu": model,
         "cores": cores,
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "gpus": found_gpus,
         "system": f"{platform.system()} {os.uname().release}",
     }
+
+
+def gpus() -> list[str]:
+    """The names of the machine's NVIDIA GPUs, as its driver tells them."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        lines = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=60).splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return []
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ a few images only, and times are compared for one image; and what a user would w
 
 import argparse
 import os
-import socket
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +16,7 @@ import harness
 import numpy as np
 import torch
 import votes_ranks
-from harness import Bench, Case, Workers
+from harness import Bench, Case, Workers, rank_environs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,13 +31,7 @@ def start_ranks(num_ranks: int, arguments: argparse.Namespace) -> Workers:
     """Ranks that answer to "lm", "fm" and "means"."""
     script = Path(__file__).with_name("votes_ranks.py")
     sizes = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in SIZES]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    environs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    return Workers([[str(script), *sizes]] * num_ranks, environs)
+    return Workers([[str(script), *sizes]] * num_ranks, rank_environs(num_ranks))
 
 
 def our_cases(what: str, items: int, ranks: dict[int, Workers]) -> list[Case]:

@@ -60,6 +60,16 @@ def test_votes(root: Path):
     check(content, cases=[three, three, three, ["dp4tl"]])
 
 
+def test_selection_scale(root: Path):
+    sizes = ["--samples=3000", "--targets=300", "--classes=20", "--dim=8"]
+    content = result(root, "selection_scale.py", *sizes)
+    rows = {row["name"]: row for row in content["comparisons"][0]["rows"]}
+    assert {"write", "open", "LM votes", "FM class means", "FM votes", "prune by votes", "order"} <= set(rows)
+    assert all(len(row["seconds"]) == 2 and row["min"] > 0 for row in rows.values())
+    assert all(row["facts"]["peak MiB"] >= row["facts"]["of which new"] >= 0 for row in rows.values())
+    assert rows["prune by votes"]["items"] == 3000 and rows["compact"]["items"] == 1200
+
+
 def test_compact(root: Path, images: Path):
     content = result(root, "compact.py", "--images", str(images), "--samples", "20")
     check(content, cases=[["compact", "write", "copy"]])
