@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dp4tl_dist.run_config import ARM
+from dp4tl_dist.run_config import AUTO, ArmName, parse_arm
 from dp4tl_dist.stage import Stage
 
 if TYPE_CHECKING:
@@ -12,22 +12,28 @@ if TYPE_CHECKING:
 
 def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | None, tuple[str, ...]]:
     """The subset of an arm (None for dense) and the stages it took."""
-    found = ARM.fullmatch(arm)
+    found = parse_arm(arm)
     if not found:
         return None, ()
-    method, keep = found["method"], found["keep"]
-    random = method.startswith("random")
-    name = f"prune-{arm}-s{seed}" if random else f"prune-{arm}-{target}"
+    name = "-".join(["prune", found.chosen, *whose(found, target, seed)])
     selection: list[str] = []
-    argv = ["prune", "--source", str(graph.source), "--keep", keep]
+    argv = ["prune", "--source", str(graph.source)]
     inputs = [graph.source]
-    if random:
-        argv += ["--random", "samples" if method == "random-samples" else "classes", "--seed", str(seed)]
+    if found.is_random:
+        argv += ["--random", "samples" if found.method == "random-samples" else "classes", "--seed", str(seed)]
     else:
-        votes = _vote(graph, method.removesuffix("-reverse"), target)
-        selection += ["surrogate", votes.stem]
-        argv += ["--votes", str(votes), *(["--reverse"] if method.endswith("-reverse") else [])]
+        votes, surrogate = _vote(graph, found, target)
+        selection += [surrogate, votes.stem]
+        argv += ["--votes", str(votes), *(["--reverse"] if found.method.endswith("-reverse") else [])]
         inputs.append(votes)
+    leader = graph.config.leader(found) if found.is_random and found.keep == AUTO else None
+    if leader:
+        like, _ = select(graph, leader, target, seed)
+        assert like is not None
+        argv += ["--like", str(like)]
+        inputs.append(like)
+    else:
+        argv += ["--keep", found.keep]
     output = graph.out / "subsets" / f"{name.removeprefix('prune-')}.npz"
     also: tuple[Path, ...] = ()
     if graph.source_val:
@@ -38,10 +44,19 @@ def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | Non
     return output, (*selection, name)
 
 
-def _vote(graph: "Graph", method: str, target: str) -> Path:
-    seed = graph.config.seeds[0]
-    surrogate = graph.train("surrogate", graph.config.surrogate, graph.source, graph.source_val, None, None, seed)
-    output = graph.out / "votes" / f"vote-{method}-{target}.npz"
+def whose(arm: ArmName, target: str, seed: int) -> list[str]:
+    """Whose choice an arm's subset is: one a target, or one a seed where chance decides; both at a target's size."""
+    return [*([] if arm.is_random and arm.keep != AUTO else [target]), *([f"s{seed}"] if arm.is_random else [])]
+
+
+def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, str]:
+    """The votes of an arm on a target, and the name of the stage that trains its surrogate."""
+    seed, method = graph.config.seeds[0], arm.method.removesuffix("-reverse")
+    table = graph.config.surrogates[arm.surrogate] if arm.surrogate else graph.config.surrogate
+    name = "surrogate" + (f"-{arm.surrogate}" if arm.surrogate else "")
+    surrogate = graph.train(name, table, graph.source, graph.source_val, None, None, seed)
+    by = f"{method}+{arm.surrogate}" if arm.surrogate else method
+    output = graph.out / "votes" / f"vote-{by}-{target}.npz"
     train = graph.targets[target][0]
     argv = ["vote", "--method", method, "--surrogate", str(surrogate), "--target", str(train), "--out", str(output)]
     inputs = [surrogate, train]
@@ -49,4 +64,4 @@ def _vote(graph: "Graph", method: str, target: str) -> Path:
         argv += ["--source", str(graph.source)]
         inputs.append(graph.source)
     graph.add(Stage(output.stem, tuple(argv), tuple(inputs), output, distributed=True))
-    return output
+    return output, name

@@ -38,6 +38,8 @@ class DataConfig(Table):
     """A subset file made for `train`; empty for all samples."""
     val_subset: str = ""
     """A subset file made for `val` (`dp4tl prune --apply-to`); empty for all samples."""
+    steps_of: str = ""
+    """A beton: train as many steps as `train.epochs` passes over all of it would take (sets `train.steps`)."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Decoding threads a rank; 0 shares the machine's cores evenly among its ranks."""
     os_cache: bool = True
@@ -71,6 +73,9 @@ class OptimConfig(Table):
     """How the weights move."""
 
     epochs: Count = 16
+    """Passes over the samples; with `steps`, the unit that schedule and ramp count in."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in all, however many passes they make; schedule and ramp stretch to fit. 0: `epochs` decide."""
     batch_size: Count = 1024
     """The *global* batch: the sum over all ranks."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"

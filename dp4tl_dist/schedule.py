@@ -6,7 +6,7 @@ from dp4tl_dist.config import OptimConfig
 
 
 def learning_rate(train: OptimConfig, epoch: float) -> float:
-    """The learning rate at a fractional `epoch` (steps done / steps per epoch).
+    """The learning rate at a fractional `epoch`: `Job.position` of the step.
 
     triangular: straight up to `lr` at `peak_epoch`, then straight down to 0 at the end (FFCV's ImageNet recipe).
     cosine: linear warm-up until `peak_epoch`, then half a cosine down to 0.
@@ -21,8 +21,8 @@ def learning_rate(train: OptimConfig, epoch: float) -> float:
     return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
 
 
-def resolution(train: OptimConfig, epoch: int) -> int:
-    """The side of the training crops in `epoch`, in pixels: a linear ramp in multiples of `resolution_step`."""
+def resolution(train: OptimConfig, epoch: float) -> int:
+    """The side of the training crops at `epoch`, in pixels: a linear ramp in multiples of `resolution_step`."""
     if not train.start_resolution or epoch >= train.ramp_end:
         return train.resolution
     if epoch <= train.ramp_start:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from dp4tl_dist.arms import select
+from dp4tl_dist.arms import select, whose
 from dp4tl_dist.config import OptimConfig
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.recipes import RECIPES
-from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain
+from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain, parse_arm
 from dp4tl_dist.stage import Stage, Trial
 
 __all__ = ["Graph", "Stage", "Trial"]
@@ -58,9 +58,10 @@ class Graph:
         subset: Path | None,
         val_subset: Path | None,
         seed: int,
+        steps_of: Path | None = None,
     ) -> Path:
         output = self.out / name.replace("pretrain-", "pretrain/", 1)
-        paths = {"train": train, "val": val, "subset": subset, "val_subset": val_subset}
+        paths = {"train": train, "val": val, "subset": subset, "val_subset": val_subset, "steps_of": steps_of}
         config = {
             "seed": seed,
             "data": {
@@ -80,8 +81,9 @@ class Graph:
 
     def _trial(self, arm: str, target: str, seed: int) -> None:
         subset, selection = select(self, arm, target, seed)
-        whose = "" if arm == "dense" or arm.startswith("random") else f"-{target}"
-        name = f"pretrain-{arm}{whose}-s{seed}"
+        found = parse_arm(arm)
+        names = whose(found, target, seed) if found else []
+        name = "-".join(["pretrain", arm, *(names if f"s{seed}" in names[-1:] else [*names, f"s{seed}"])])
         train, indices = self.source, subset
         if subset and self.config.compact:
             train, indices = self.out / "data" / f"{subset.stem}.beton", None
@@ -90,7 +92,8 @@ class Graph:
             self.add(stage)
             selection = (*selection, stage.name)
         val_subset = subset.with_suffix(".val.npz") if subset and self.source_val else None
-        run = self.train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed)
+        steps_of = self.source if found and found.steps else None
+        run = self.train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed, steps_of)
         transfers = {
             mode: self._transfer(mode, f"{arm}-{target}-s{seed}", run, target, seed)
             for mode in self.config.transfer.modes

@@ -63,9 +63,12 @@ def prune(verbs: Verbs) -> None:
         help="with --scores: the same share of every class, or not (default: as the method says)",
     )  # fmt: skip
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--keep", type=float, help="share of the classes (or samples) to keep, 0 < KEEP <= 1")
+    amount.add_argument(
+        "--keep", type=share_or_auto, help="share of the classes (or samples) to keep, in (0, 1]; auto: see `advise`"
+    )
     amount.add_argument("--keep-classes", type=int, help="number of classes to keep")
     amount.add_argument("--coverage", type=float, help="the fewest classes that hold this share of the votes")
+    amount.add_argument("--like", type=Path, metavar="X.npz", help="as many classes (or samples) as this subset keeps")
     parser.add_argument(
         "--combine", choices=("normalised", "max", "counts", "sum"), default="normalised",
         help="how the votes of several targets count together (default: each target's sum to 1; sum is counts)",
@@ -85,10 +88,15 @@ def run_prune(args: argparse.Namespace) -> None:
 
     summary = prune(source=args.source, out=args.out, votes=args.votes, scores=args.scores, random=args.random,
                     list_file=args.list, within=args.within_class, balanced=args.class_balanced, keep=args.keep,
-                    keep_classes=args.keep_classes, coverage=args.coverage, reverse=args.reverse,
+                    keep_classes=args.keep_classes, coverage=args.coverage, like=args.like, reverse=args.reverse,
                     combine=args.combine, weights=parse_weights(args.weights), seed=args.seed,
                     apply_to=args.apply_to, force=args.force)  # fmt: skip
     say(f"{args.out}: {summary}")
+
+
+def share_or_auto(text: str) -> "float | str":
+    """ "0.4" -> 0.4, "auto" -> "auto"; argparse tells the user of anything else."""
+    return text if text == "auto" else float(text)
 
 
 def parse_weights(text: str | None) -> list[float] | None:

@@ -101,6 +101,50 @@ def test_what_is_shared_and_what_is_not() -> None:
     assert {subsets["dense", target, seed] for target in ("pets", "dtd") for seed in (3, 4)} == {None}
 
 
+def test_arms_at_auto_of_a_surrogate_and_in_steps() -> None:
+    arms = ["dense", "lm@auto", "random@auto", "random-samples@auto", "fm@auto+big", "random@auto+big", "lm@0.5+big",
+            "lm@0.5+big+steps", "random@0.5+steps"]  # fmt: skip
+    surrogates = {"big": {"model": {"arch": "resnet34"}}}
+    graph = graph_of(arms=arms, seeds=[3], surrogates=surrogates, compact=True)
+    argv = {name: list(stage.argv) for name, stage in graph.stages.items()}
+    assert argv["prune-lm@auto-pets"][3:7] == ["--votes", "runs/x/votes/vote-lm-pets.npz", "--keep", "auto"]
+    # A random arm at auto is as large as the arm that votes, on the same target and by the same surrogate.
+    likes = {
+        f"prune-{arm}-{target}-s3": f"runs/x/subsets/{leader}-{target}.npz"
+        for target in ("pets", "dtd")
+        for arm, leader in (
+            ("random@auto", "lm@auto"), ("random-samples@auto", "lm@auto"), ("random@auto+big", "fm@auto+big")
+        )
+    }  # fmt: skip
+    assert {name: line[line.index("--like") + 1] for name, line in argv.items() if "--like" in line} == likes
+    assert graph.stages["prune-random@auto-dtd-s3"].inputs[1] == OUT / "subsets" / "lm@auto-dtd.npz"
+    assert "pretrain-random@auto-pets-s3" in argv and "pretrain-random@auto-dtd-s3" in argv
+    # Each surrogate is trained once, and its votes have its name; steps change the training alone.
+    assert [name for name in argv if name.startswith("surrogate")] == ["surrogate", "surrogate-big"]
+    assert (graph.stages["surrogate-big"].config or {})["model"]["arch"] == "resnet34"
+    trials = {trial.arm: trial for trial in graph.trials if trial.target == "pets"}
+    assert trials["lm@0.5+big"].selection == trials["lm@0.5+big+steps"].selection
+    assert trials["lm@0.5+big"].selection[:2] == ("surrogate-big", "vote-lm+big-pets")
+    assert trials["lm@0.5+big"].subset == trials["lm@0.5+big+steps"].subset
+    assert trials["lm@0.5+big"].pretrain == "pretrain-lm@0.5+big-pets-s3"
+    assert trials["lm@0.5+big+steps"].pretrain == "pretrain-lm@0.5+big+steps-pets-s3"
+    assert trials["random@auto"].selection == ("prune-random@auto-pets-s3", "compact-random@auto-pets-s3")
+    for name, stage in graph.stages.items():
+        if stage.argv[0] == "train":
+            given = (stage.config or {})["data"]["steps_of"]
+            assert given == (str(graph.source) if "+steps" in name else "")
+            assert (graph.source in stage.inputs) == ("+steps" in name or "@" not in name)
+
+
+def test_arms_that_lack_something() -> None:
+    assert "another arm at auto" in refused(arms=["lm@0.5", "random@auto"])
+    assert "[surrogates] lacks" in refused(arms=["lm@0.5+big"])
+    assert "chance needs none" in refused(arms=["random@0.5+big"], surrogates={"big": {}})
+    assert "cannot name a surrogate" in refused(surrogates={"steps": {}})
+    for arm in ("lm@0.5+a+b", "lm@0.5+steps+steps", "lm@0.5+", "lm@automatic"):
+        assert "METHOD@KEEP" in refused(arms=[arm])
+
+
 def test_selection_counts_what_it_took() -> None:
     taken = {trial.arm: trial.selection for trial in graph_of(seeds=[3], compact=True).trials if trial.target == "pets"}
     assert taken["dense"] == ()

@@ -2,38 +2,53 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton import Beton
-from dp4tl_dist.data.subset import Subset, samples_of_groups
+from dp4tl_dist.data.subset import Subset, load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError, one_of
 from dp4tl_dist.files import digest_file
 from dp4tl_dist.prune import select
+from dp4tl_dist.prune.amount import suggest
 from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores
 from dp4tl_dist.prune.votes_file import Votes, load_votes
 
 NO_GROUPS = np.zeros(0, np.int64)
+AUTO_NEEDS = "--keep auto reads the size off the votes: use it with --votes, or give a share"
 RANDOM = ("classes", "samples", "balanced")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to keep: exactly one of the three is given, and none where a list says it all."""
+    """How much to keep: exactly one of them is given, and none where a list says it all."""
 
-    keep: float | None = None
+    keep: float | Literal["auto"] | None = None
+    """A share, or what the votes suggest."""
     keep_classes: int | None = None
     coverage: float | None = None
+    like: Path | None = None
+    """As many classes as this subset has, or samples."""
 
     @property
     def num_given(self) -> int:
-        return sum(value is not None for value in (self.keep, self.keep_classes, self.coverage))
+        return sum(value is not None for value in (self.keep, self.keep_classes, self.coverage, self.like))
 
-    def count(self, num_groups: int, votes_sorted: NDArray[Any] | None = None) -> int:
-        """The number of groups to keep. `votes_sorted` (groups,), descending, is what coverage needs."""
+    def count(self, beton: Beton, votes_sorted: NDArray[Any] | None = None) -> int:
+        """The number of classes to keep. `votes_sorted` (classes,), descending, is what coverage and "auto" need."""
+        num_groups = beton.num_classes
+        if self.like is not None:
+            groups = load_subset(self.like, beton=beton).groups
+            if not len(groups):
+                raise UserError(f"--like {self.like} keeps single samples, and here classes are chosen: give another")
+            return select.check_count(num_groups, len(groups))
+        if self.keep == "auto":
+            if votes_sorted is None:
+                raise UserError(AUTO_NEEDS)
+            return suggest(votes_sorted).count
         if self.keep is not None:
             return select.count_for_share(num_groups, self.keep)
         if self.keep_classes is not None:
@@ -42,10 +57,14 @@ class Amount:
             raise UserError("--coverage counts votes: use it with --votes, or use --keep or --keep-classes")
         return select.count_for_coverage(votes_sorted, self.coverage)
 
-    def share(self, what: str) -> float:
+    def share(self, beton: Beton, what: str) -> float:
         """The share of the samples to keep, for selectors that choose samples and not classes."""
+        if self.like is not None:
+            return len(load_subset(self.like, beton=beton).indices) / beton.num_samples
+        if self.keep == "auto":
+            raise UserError(AUTO_NEEDS)
         if self.keep is None:
-            raise UserError(f"{what} chooses samples: it takes its amount from --keep alone")
+            raise UserError(f"{what} chooses samples: it takes its amount from --keep alone, or --like")
         return self.keep
 
 
@@ -100,9 +119,9 @@ def check_choice(choice: Choice) -> None:
         raise UserError("--within-class chooses among the samples of kept classes: use it with --votes or --list")
     amounts = choice.amount.num_given
     if choice.list_file is None and amounts != 1:
-        raise UserError(f"{amounts} of --keep, --keep-classes and --coverage were given: give exactly one")
+        raise UserError(f"{amounts} of --keep, --keep-classes, --coverage and --like were given: give exactly one")
     if choice.list_file is not None and amounts:
-        raise UserError("--list names what is kept: leave --keep, --keep-classes and --coverage out")
+        raise UserError("--list names what is kept: leave --keep, --keep-classes, --coverage and --like out")
     if choice.reverse and not choice.votes and choice.scores is None:
         raise UserError("--reverse turns a ranking round: use it with --votes or --scores")
     if choice.balanced is not None and (choice.scores is None or for_within):
@@ -125,6 +144,8 @@ def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
         inputs["scores"] = digest_file(choice.scores)
     else:
         subset = _by_chance(beton, choice)
+    if choice.amount.like is not None:
+        inputs["like"] = digest_file(choice.amount.like)
     if choice.within is None:
         return subset, inputs
     scores, path = _within_scores(beton, choice, *choice.within)
@@ -142,7 +163,7 @@ def _by_votes(beton: Beton, choice: Choice) -> Subset:
     votes, affinity = join_votes(cast, choice.votes)
     combined, closeness = select.combine(votes, affinity, how=choice.combine, weights=choice.weights)
     ranking = select.rank_groups(combined, closeness)
-    count = choice.amount.count(len(ranking), combined[ranking])
+    count = choice.amount.count(beton, combined[ranking])
     chosen = ranking[::-1][:count] if choice.reverse else ranking[:count]
     method = "+".join(dict.fromkeys(item.method for item in cast))
     return _by_class(beton, f"{method}-reverse" if choice.reverse else method, np.sort(chosen))
@@ -158,10 +179,9 @@ def join_votes(cast: list[Votes], paths: tuple[Path, ...]) -> tuple[NDArray[np.i
 
 def _by_chance(beton: Beton, choice: Choice) -> Subset:
     if choice.random == "classes":
-        total = beton.num_classes
-        chosen = select.random_choice(total, choice.amount.count(total), seed=choice.seed)
+        chosen = select.random_choice(beton.num_classes, choice.amount.count(beton), seed=choice.seed)
         return _by_class(beton, "random-classes", chosen)
-    share, total = choice.amount.share(f"--random {choice.random}"), beton.num_samples
+    share, total = choice.amount.share(beton, f"--random {choice.random}"), beton.num_samples
     if choice.random == "samples":
         kept = select.random_choice(total, select.count_for_share(total, share), seed=choice.seed)
     else:
@@ -171,7 +191,7 @@ def _by_chance(beton: Beton, choice: Choice) -> Subset:
 
 
 def _by_scores(beton: Beton, choice: Choice, scores: Scores) -> Subset:
-    share, total = choice.amount.share("--scores"), beton.num_samples
+    share, total = choice.amount.share(beton, "--scores"), beton.num_samples
     balanced = scores.per_class if choice.balanced is None else choice.balanced
     labels = beton.labels if balanced else None
     kept = choose_samples(scores.scores, share, rule=scores.keeps, labels=labels, reverse=choice.reverse)

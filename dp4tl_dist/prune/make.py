@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -51,9 +52,10 @@ def prune(
     random: str | None = None,
     list_file: Path | None = None,
     within: str | None = None,
-    keep: float | None = None,
+    keep: float | Literal["auto"] | None = None,
     keep_classes: int | None = None,
     coverage: float | None = None,
+    like: Path | None = None,
     balanced: bool | None = None,
     reverse: bool = False,
     seed: int = 0,
@@ -72,7 +74,7 @@ def prune(
     """
     files = () if votes is None else (votes,) if isinstance(votes, Path) else tuple(votes)
     choice = Choice(
-        Amount(keep, keep_classes, coverage), votes=files, scores=scores, random=random, list_file=list_file,
+        Amount(keep, keep_classes, coverage, like), votes=files, scores=scores, random=random, list_file=list_file,
         within=parse_within(within), balanced=balanced, reverse=reverse, combine=combine, weights=weights, seed=seed,
     )  # fmt: skip
     check_choice(choice)
@@ -83,8 +85,8 @@ def prune(
     config = {
         "source": str(source), "votes": [str(path) for path in files] or None, "scores": scores and str(scores),
         "random": random, "list": list_file and str(list_file), "within": within, "keep": keep,
-        "keep_classes": keep_classes, "coverage": coverage, "balanced": balanced, "reverse": reverse,
-        "combine": combine, "weights": weights,
+        "keep_classes": keep_classes, "coverage": coverage, "like": like and str(like), "balanced": balanced,
+        "reverse": reverse, "combine": combine, "weights": weights,
     }  # fmt: skip
     subset, inputs = choose(beton, choice)
     inputs = {"source": beton.fingerprint, **inputs}

@@ -15,7 +15,7 @@ from dp4tl_dist.data.subset import Subset, load_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz, read_json
 from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.run_config import ARM, RunConfig
+from dp4tl_dist.run_config import AUTO, RunConfig, parse_arm
 from dp4tl_dist.stages import Graph, Stage, Trial
 
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
@@ -126,7 +126,7 @@ class Run:
         return [self._arm(arm, target) for target in self.config.targets for arm in self.config.arms]
 
     def _arm(self, name: str, target: str) -> Arm:
-        found = ARM.fullmatch(name)
+        found = parse_arm(name)
         trials = tuple(trial for trial in self.graph.trials if (trial.arm, trial.target) == (name, target))
         accuracy: dict[str, list[float]] = {
             mode: [
@@ -140,9 +140,16 @@ class Run:
         counts = [len(subset.indices) for trial in trials if (subset := self.subset(trial))]
         if not counts:
             counts = [int(n) for trial in trials if (n := self.metas[trial.pretrain].get("num_samples"))]
-        method, keep = (found["method"], float(found["keep"])) if found else (name, 1.0)
+        method, keep = (found.method, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
         return Arm(name, method, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None)
+
+    def _share_kept(self, keep: str, trials: tuple[Trial, ...]) -> float:
+        """The share of the classes that an arm's name gives; at "auto" its subsets tell it, once they are there."""
+        if keep != AUTO:
+            return float(keep)
+        kept = [1 - subset.ratio for trial in trials if (subset := self.subset(trial))]
+        return statistics.fmean(kept) if kept else 1.0
 
     def _mean_seconds(self, trials: tuple[Trial, ...], part: str) -> float | None:
         """The mean over the seeds whose stages of that part are all done."""
@@ -162,9 +169,9 @@ class Run:
 def stages_of(trial: Trial, part: str) -> list[str]:
     """The names of the stages whose time is that of one of PARTS."""
     if part == "surrogate":
-        return [stage for stage in trial.selection if stage == "surrogate"]
+        return [stage for stage in trial.selection if stage.startswith("surrogate")]
     if part == "voting":
-        return [stage for stage in trial.selection if stage != "surrogate"]
+        return [stage for stage in trial.selection if not stage.startswith("surrogate")]
     return [trial.pretrain] if part == "pretraining" else list(trial.transfers.values())
 
 

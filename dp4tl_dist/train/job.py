@@ -37,7 +37,20 @@ class Job:
 
     @property
     def num_steps(self) -> int:
-        return self.steps_per_epoch * self.optim.epochs
+        return self.optim.steps or self.steps_per_epoch * self.optim.epochs
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the samples; the last one may be cut short where `optim.steps` says when to end."""
+        return -(-self.num_steps // self.steps_per_epoch)
+
+    def last_step(self, epoch: int) -> int:
+        """The step count at which `epoch` ends."""
+        return min((epoch + 1) * self.steps_per_epoch, self.num_steps)
+
+    def position(self, step: int) -> float:
+        """Where `step` stands in the schedule, in its epochs: from 0 to `optim.epochs` at the run's end."""
+        return step * self.optim.epochs / self.num_steps
 
     def check(self, num_ranks: int) -> None:
         """Raise UserError where batch, samples and ranks do not fit together."""

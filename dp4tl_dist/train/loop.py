@@ -66,7 +66,7 @@ class Fit:
             job.out.mkdir(parents=True, exist_ok=True)
             write_json(job.out / "config.json", job.config)
         if self.at.step >= job.num_steps and meta is not None:
-            self._say(f"{job.label}: {job.out} is complete ({job.optim.epochs} epochs)")
+            self._say(f"{job.label}: {job.out} is complete ({job.num_epochs} epochs)")
             return meta
         self.started = time.monotonic() - self.at.seconds
         with contextlib.ExitStack() as stack:
@@ -91,13 +91,15 @@ class Fit:
         job, at = self.job, self.at
         at.val = None
         epoch = at.step // job.steps_per_epoch
-        side, waited, begun, first = resolution(job.optim, epoch), 0.0, time.monotonic(), at.step
+        # The side is that of the epoch's first step, also where a run goes on inside the epoch.
+        side = resolution(job.optim, job.position(epoch * job.steps_per_epoch))
+        waited, begun, first, end = 0.0, time.monotonic(), at.step, job.last_step(epoch)
         with contextlib.closing(self._batches(epoch, side)) as batches:
-            while at.step < (epoch + 1) * job.steps_per_epoch:
+            while at.step < end:
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                lr = learning_rate(job.optim, at.step / job.steps_per_epoch)
+                lr = learning_rate(job.optim, job.position(at.step))
                 at.since_log.append(self.engine.step(batch, lr=lr))
                 if self.skips:
                     at.bad_samples += (batch.labels == IGNORED).sum()
@@ -105,14 +107,12 @@ class Fit:
                 at.val = None  # it was that of other weights
                 watch.log_order(self, batch)
                 stop, save = self.agreement.after_step()
-                end_of_epoch = at.step == (epoch + 1) * job.steps_per_epoch
+                end_of_epoch = at.step == end
                 if at.step % job.log.every == 0 or end_of_epoch:
                     spent = time.monotonic() - begun
                     rate = (at.step - first) * job.optim.batch_size / spent
                     loss = watch.log_step(self, epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
-                    advance(
-                        at.step, job.num_steps, epoch=f"{epoch + 1}/{job.optim.epochs}", loss=loss, img_s=round(rate)
-                    )
+                    advance(at.step, job.num_steps, epoch=f"{epoch + 1}/{job.num_epochs}", loss=loss, img_s=round(rate))
                 if (stop or save) and not end_of_epoch:
                     self._save(stopping=stop)
         better = self._validate(epoch, loss, rate)
@@ -162,7 +162,7 @@ class Fit:
         shown = f"  val top-1 {100 * score.top1:.2f} %" if score else ""
         if last or time.monotonic() - self.said_at >= EPOCH_LINE_EVERY_S:
             self.said_at = time.monotonic()
-            self._say(f"{job.label}: epoch {epoch + 1}/{job.optim.epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
+            self._say(f"{job.label}: epoch {epoch + 1}/{job.num_epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
         now = checkpoint.goodness(self.at.val)
         better = now > self.at.best
         self.at.best = max(self.at.best, now)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FREE = (
     "log", "checkpoint", "engine.device", "engine.compile", "engine.channels_last", "engine.timeout_s", "model.init",
     "data.num_workers", "data.os_cache", "data.train", "data.val", "data.subset", "data.val_subset",
-    "data.on_bad_sample", "train.val_every",
+    "data.steps_of", "data.on_bad_sample", "train.val_every",
 )  # fmt: skip
 
 

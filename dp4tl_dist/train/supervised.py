@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dp4tl_dist.config import TrainConfig
+from dp4tl_dist.config import OptimConfig, TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.subset import load_subset
@@ -30,6 +30,17 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
 
     A run that is there already is continued; `force` starts afresh. All ranks call it.
     """
+    job = make_job(config, out=out, world=world)
+    job.check(world.num_ranks)
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(claimed(out, force=force)))
+        fit = Fit(job, world)
+        meta = fit.run()
+    return meta
+
+
+def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
+    """What `config` describes, ready for `Fit`: the files are open, and the model has its first weights."""
     optim = config.train
     check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
     train_beton, train_split, inputs = make_split(config, world, part="train")
@@ -41,13 +52,15 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
             raise UserError(
                 f"{val_beton.path} has other classes than {train_beton.path}: write both from the same ones"
             )
+    if config.data.steps_of:
+        optim, inputs["steps_of"] = with_steps_of(open_beton(Path(config.data.steps_of)), optim)
     torch.manual_seed(config.seed)
     model = build_model(config.model.arch, train_beton.num_classes)
     if config.model.init:
         folder = resolve(Path(config.model.init))
         load_into(model, folder)
         inputs["init"] = digest_file(folder / "meta.json")
-    job = Job(
+    return Job(
         out=out,
         task=make_task(config, model),
         train=train_split,
@@ -63,12 +76,16 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
         checkpoint=config.checkpoint,
         label=out.name,
     )
-    job.check(world.num_ranks)
-    with contextlib.ExitStack() as held:
-        on_main(world, lambda: held.enter_context(claimed(out, force=force)))
-        fit = Fit(job, world)
-        meta = fit.run()
-    return meta
+
+
+def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:
+    """`optim` for as many steps as its epochs over all of `beton` take, and the fingerprint that this rests on."""
+    if optim.steps:
+        raise UserError(f"train.steps {optim.steps} and data.steps_of both say how long to train: give one of them")
+    steps = beton.num_samples // optim.batch_size * optim.epochs
+    if not steps:
+        raise UserError(f"train.batch_size {optim.batch_size} is larger than data.steps_of: choose a smaller one")
+    return optim.model_copy(update={"steps": steps}), beton.fingerprint
 
 
 def make_task(config: TrainConfig, model: nn.Module) -> Task:

@@ -94,6 +94,22 @@ def test_random_samples_leave_the_validation_set_whole(source: Beton, tmp_path: 
     assert len(val.indices) == 83 and "left whole" in str(summary)
 
 
+def test_as_large_as_another_subset(source: Beton, votes: Path, tmp_path: Path) -> None:
+    first, out = tmp_path / "lm.npz", tmp_path / "x.npz"
+    prune(source=source.path, votes=votes, keep="auto", out=first)
+    kept = load_subset(first, beton=source)
+    assert kept.groups.tolist() == sorted(RANKING[:4])  # 16 of the 20 votes for 3 classes: 95 % are 19, of 4 classes
+    assert kept.meta["config"]["keep"] == "auto"
+    prune(source=source.path, random="classes", like=first, seed=5, out=out)
+    subset = load_subset(out, beton=source)
+    assert len(subset.groups) == 4 and subset.method == "random-classes" and "like" in subset.meta["inputs"]
+    prune(source=source.path, random="samples", like=first, seed=5, out=out, force=True)
+    chosen = load_subset(out, beton=source)
+    assert len(chosen.indices) == len(kept.indices) and not len(chosen.groups)
+    with pytest.raises(UserError, match="keeps single samples"):
+        prune(source=source.path, votes=votes, like=out, out=tmp_path / "y.npz")
+
+
 def test_list(source: Beton, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("class 3\n7 # by id\n")
     prune(source=source.path, list_file=tmp_path / "list.txt", out=tmp_path / "x.npz")
@@ -129,6 +145,10 @@ BAD_CHOICES: list[tuple[dict[str, Any], str]] = [
     ({"random": "classes", "keep_classes": 11}, "--keep-classes 11 .* 10 classes"),
     ({"random": "classes", "coverage": 0.5}, "use it with --votes"),
     ({"random": "samples", "keep_classes": 3}, "--keep alone"),
+    ({"random": "samples", "keep": "auto"}, "use it with --votes"),
+    ({"random": "classes", "keep": "auto"}, "use it with --votes"),
+    ({"random": "classes", "like": Path("none.npz")}, "none.npz"),
+    ({"votes": "V", "like": "V"}, "'subset' file is needed"),
     ({"random": "images", "keep": 0.5}, "classes, samples"),
     ({"random": "classes", "keep": 0.5, "reverse": True}, "--reverse"),
     ({"random": "classes", "keep": 0.5, "seed": -1}, "--seed"),
