@@ -44,8 +44,8 @@ class Case:
     """How many items a run handles: ratios are of the times for one item."""
     note: str = ""
     """What a reader must know to compare fairly."""
-    facts: Callable[[], Mapping[str, float | str]] | None = None
-    """What else was found, asked once all runs are over: columns of their own."""
+    facts: Callable[[float], Mapping[str, float | str]] | None = None
+    """What else was found, asked with the median seconds once all runs are over: columns of their own."""
 
 
 def parse(parser: argparse.ArgumentParser, *, runs: int = 5, warmup: int = 1) -> argparse.Namespace:
@@ -67,6 +67,7 @@ class Bench:
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.arguments = name, arguments
         self.comparisons: list[dict[str, Any]] = []
+        self.skipped: dict[str, str] = {}
         self.load_at_start = os.getloadavg()
 
     def compare(
@@ -96,6 +97,12 @@ class Bench:
         if not self.arguments.json:
             _show(found, peers=peers)
 
+    def skip(self, name: str, reason: str) -> None:
+        """Leave out what cannot run here, and say so, here and in the record."""
+        if name not in self.skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        self.skipped[name] = reason
+
     def finish(self) -> None:
         """Print the JSON if that was asked for, and write the record if that was."""
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -104,12 +111,13 @@ class Bench:
             "name": self.name,
             "date": now.isoformat(timespec="seconds"),
             "command": shlex.join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
-            "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "options": json.loads(json.dumps(options, default=str)),
             "machine": machine() | {"load_at_start": self.load_at_start, "load_at_end": os.getloadavg()},
             "versions": versions(),
             "git": git(),
             "source_hash": source_hash(Path(sys.argv[0])),
             "comparisons": self.comparisons,
+            "skipped": self.skipped,
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         if self.arguments.json:
@@ -143,7 +151,7 @@ def _row(case: Case, first: Case, of: dict[str, list[float]]) -> dict[str, Any]:
         "items_per_second": case.items / median(seconds),
         "ratio_of_medians": float(np.median(each) / np.median(first_each)),
         "median_of_pairwise_ratios": float(np.median(each / first_each)),
-        "facts": dict(case.facts()) if case.facts else {},
+        "facts": dict(case.facts(median(seconds))) if case.facts else {},
     }
 
 

@@ -143,7 +143,7 @@ def main() -> None:
     bench.finish()
 
 
-def _facts(peak: PeakMemory) -> Mapping[str, float | str]:
+def _facts(peak: PeakMemory, _: float) -> Mapping[str, float | str]:
     return {"peak MiB": peak.mib, "of which new": peak.mib_new}
 
 

@@ -70,6 +70,20 @@ def test_selection_scale(root: Path):
     assert rows["prune by votes"]["items"] == 3000 and rows["compact"]["items"] == 1200
 
 
+def test_train_step(root: Path):
+    one = ["--points", "resnet_tiny@32x4", "--variants", "dp4tl", "reference", "--steps", "1", "--device", "cpu"]
+    content = result(root, "train_step.py", *one, "--engines", "ddp", "--ranks", "2")
+    check(content, cases=[["dp4tl", "reference"], ["ddp"]])
+    for row in [row for found in content["comparisons"] for row in found["rows"]]:
+        assert row["items"] == 4 and row["facts"]["memory MiB"] > 0 and row["facts"]["TFLOP/s"] > 0
+    assert content["skipped"] == {}
+
+
+def test_train_step_refuses_what_it_does_not_know(root: Path):
+    done = start(root, "train_step.py", "--points", "resnet18@large")
+    assert done.returncode == 2 and "ARCH@SIDExBATCH" in done.stderr
+
+
 def test_compact(root: Path, images: Path):
     content = result(root, "compact.py", "--images", str(images), "--samples", "20")
     check(content, cases=[["compact", "write", "copy"]])
