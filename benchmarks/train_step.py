@@ -81,20 +81,11 @@ def command(arguments: argparse.Namespace, where: Point, more: list[str]) -> lis
 def compare_variants(bench: Bench, arguments: argparse.Namespace, where: Point, peak: float | None) -> None:
     with ExitStack() as stack:
         cases, images = [], where.batch_size * arguments.steps
-        flops = flops_of_image(where)
+        flops = flops_of_image(where) * images
         for name in arguments.variants:
             more, note = VARIANTS[name]
-            if name in arguments.without:
-                continue
-            command = [
-                str(SCRIPT),
-                *where.arguments,
-                f"--steps={arguments.steps}",
-                f"--device={arguments.device}",
-                *more,
-            ]
-            workers = stack.enter_context(Workers([command]))
-            cases.append(Case(name, workers, images, note, facts=partial(facts, workers, images, flops, peak)))
+            workers = stack.enter_context(Workers([command(arguments, where, more)]))
+            cases.append(Case(name, workers, images, note, facts=partial(facts, workers, flops, peak)))
         bench.compare(f"{where}: {arguments.steps} steps on {arguments.device}", cases, unit="images")
 
 
@@ -107,11 +98,10 @@ def compare_engines(bench: Bench, arguments: argparse.Namespace, where: Point) -
             if why := missing(kind):
                 bench.skip(kind, why)
                 continue
-            command = [str(SCRIPT), *where.arguments, f"--steps={arguments.steps}", f"--device={arguments.device}"]
-            workers = stack.enter_context(Workers([[*command, "--engine", kind]] * ranks, rank_environs(ranks)))
-            cases.append(
-                Case(kind, workers, images, facts=partial(facts, workers, images, flops_of_image(where), None))
-            )
+            commands = [command(arguments, where, ["--engine", kind])] * ranks
+            workers = stack.enter_context(Workers(commands, rank_environs(ranks)))
+            flops = flops_of_image(where) * images
+            cases.append(Case(kind, workers, images, facts=partial(facts, workers, flops, None)))
         if cases:
             of_ranks = f"{ranks} rank{'s' if ranks > 1 else ''}"
             bench.compare(f"{where}: {arguments.steps} steps of {of_ranks} on {arguments.device}", cases, unit="images")
