@@ -9,9 +9,10 @@ from dp4tl_dist.data.beton import describe as describe_beton
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.errors import UserError, printable
 from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.prune.clusters_file import load_clusters
 from dp4tl_dist.prune.votes_file import load_votes
 
-NPZ_KINDS = ("votes", "subset", "scores")
+NPZ_KINDS = ("votes", "subset", "scores", "clusters")
 SHOWN_CLASSES = 8
 MAX_INDENT = 40
 
@@ -63,6 +64,9 @@ def _describe_npz(path: Path) -> dict[str, Any]:
             found = load_votes(path)
             content["num_voters"] = len(found.predictions)
             content["groups_with_votes"] = int(np.count_nonzero(found.votes.sum(axis=0)))
+        if kind == "clusters":
+            sizes = load_clusters(path).sizes
+            content["samples_per_cluster"] = {"min": int(sizes.min()), "max": int(sizes.max())}
         return content
     raise UserError(errors[0])
 

@@ -105,6 +105,13 @@ def head_name(model: nn.Module) -> str:
     raise UserError(f"{type(model).__name__} has no linear head that is known here: use another architecture")
 
 
+def feature_dim(model: nn.Module) -> int:
+    """The length of what goes into the head."""
+    head = model.get_submodule(head_name(model))
+    assert isinstance(head, nn.Linear)
+    return head.in_features
+
+
 def replace_head(model: nn.Module, num_classes: int) -> nn.Linear:
     """Give `model` a fresh head of `num_classes` outputs and return it."""
     parent_name, _, leaf = head_name(model).rpartition(".")

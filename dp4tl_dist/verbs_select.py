@@ -14,6 +14,13 @@ def vote(verbs: Verbs) -> None:
         "--target", type=Path, action="append", required=True, help="a target's training beton; may be repeated"
     )
     parser.add_argument("--source", type=Path, help="the source beton (fm: its class means are the centres)")
+    parser.add_argument("--clusters", type=Path, help="fm: a clusters file, whose centres take the classes' place")
+    add_view(parser)
+    add_out(parser, "the votes, an .npz file")
+
+
+def add_view(parser: argparse.ArgumentParser) -> None:
+    """How a surrogate looks at images, and on what."""
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument(
         "--resolution", type=int, help="side of the centre crop (default: the surrogate's validation side)"
@@ -21,7 +28,6 @@ def vote(verbs: Verbs) -> None:
     parser.add_argument("--workers", type=int, default=0, help="decoding threads a rank; 0 shares the cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    add_out(parser, "the votes, an .npz file")
 
 
 def run_vote(args: argparse.Namespace) -> None:
@@ -34,8 +40,48 @@ def run_vote(args: argparse.Namespace) -> None:
 
     with joined(args.device) as world:
         summary = vote(world, method=args.method, surrogate=args.surrogate, targets=args.target, source=args.source,
-                       out=args.out, batch_size=args.batch_size, resolution=args.resolution,
+                       clusters=args.clusters, out=args.out, batch_size=args.batch_size, resolution=args.resolution,
                        num_workers=args.workers, precision=args.precision, force=args.force)  # fmt: skip
+        if world.is_main:
+            say(f"{args.out}: {summary}")
+
+
+def cluster(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "cluster", run_cluster, "Cluster the source by what a surrogate sees in it (k-means).")
+    parser.add_argument("--surrogate", type=Path, required=True, help="a checkpoint folder or a run folder")
+    parser.add_argument("--source", type=Path, required=True, help="the source beton")
+    parser.add_argument("--clusters", type=int, required=True, metavar="K", help="how many clusters to make")
+    parser.add_argument(
+        "--start", choices=("kmeans++", "sample"), default="kmeans++",
+        help="the first centres: samples far from each other, or any (default: kmeans++)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the start")
+    parser.add_argument("--iterations", type=int, default=100, help="at most so many (default: 100)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="stop where inertia falls by less than this share (default: 1e-4)"
+    )
+    parser.add_argument("--store", type=Path, help="folder for the features (default: OUT.features)")
+    parser.add_argument(
+        "--store-precision", choices=("float32", "float16"), default="float32", help="of the features on disk"
+    )
+    add_view(parser)
+    add_out(parser, "the clusters, an .npz file")
+
+
+def run_cluster(args: argparse.Namespace) -> None:
+    from dp4tl_dist.files import check_output
+    from dp4tl_dist.log import say
+    from dp4tl_dist.world import joined
+
+    check_output(args.out, force=args.force)
+    from dp4tl_dist.prune.cluster import cluster
+
+    with joined(args.device) as world:
+        summary = cluster(world, surrogate=args.surrogate, source=args.source, num_clusters=args.clusters,
+                          out=args.out, start=args.start, seed=args.seed, iterations=args.iterations,
+                          tolerance=args.tolerance, store=args.store, store_precision=args.store_precision,
+                          batch_size=args.batch_size, resolution=args.resolution, num_workers=args.workers,
+                          precision=args.precision, force=args.force)  # fmt: skip
         if world.is_main:
             say(f"{args.out}: {summary}")
 

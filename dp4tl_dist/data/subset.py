@@ -52,6 +52,6 @@ def load_subset(path: Path, *, beton: Beton | None) -> Subset:
     return Subset(indices, groups, float(ratio), method, meta)
 
 
-def samples_of_groups(group_of_sample: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+def samples_of_groups(group_of_sample: NDArray[np.integer], groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """Positions of the samples whose group is in `groups`, sorted."""
     return np.flatnonzero(np.isin(group_of_sample, groups)).astype(np.int64)

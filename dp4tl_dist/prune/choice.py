@@ -15,7 +15,7 @@ from dp4tl_dist.prune import select
 from dp4tl_dist.prune.amount import suggest
 from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores
-from dp4tl_dist.prune.votes_file import Votes, load_votes
+from dp4tl_dist.prune.votes_file import Votes, load_votes, same_members
 
 NO_GROUPS = np.zeros(0, np.int64)
 AUTO_NEEDS = "--keep auto reads the size off the votes: use it with --votes, or give a share"
@@ -38,8 +38,8 @@ class Amount:
         return sum(value is not None for value in (self.keep, self.keep_classes, self.coverage, self.like))
 
     def count(self, beton: Beton, votes_sorted: NDArray[Any] | None = None) -> int:
-        """The number of classes to keep. `votes_sorted` (classes,), descending, is what coverage and "auto" need."""
-        num_groups = beton.num_classes
+        """The number of groups to keep. `votes_sorted` (groups,), descending, is what coverage and "auto" need."""
+        num_groups = beton.num_classes if votes_sorted is None else len(votes_sorted)
         if self.like is not None:
             groups = load_subset(self.like, beton=beton).groups
             if not len(groups):
@@ -131,8 +131,9 @@ def check_choice(choice: Choice) -> None:
 def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
     """The subset of `beton` that is asked for, and the digests of the files that it was made from."""
     inputs: dict[str, str] = {}
+    group_of_sample: NDArray[np.integer] = beton.labels
     if choice.votes:
-        subset = _by_votes(beton, choice)
+        subset, group_of_sample = _by_votes(beton, choice)
         several = len(choice.votes) > 1
         inputs |= {f"votes{i}" if several else "votes": digest_file(path) for i, path in enumerate(choice.votes)}
     elif choice.list_file is not None:
@@ -150,7 +151,7 @@ def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
         return subset, inputs
     scores, path = _within_scores(beton, choice, *choice.within)
     inputs |= {"scores": digest_file(path)} if path else {}
-    return _within(beton, subset, scores, choice.within[1]), inputs
+    return _within(group_of_sample, subset, scores, choice.within[1]), inputs
 
 
 def _by_class(beton: Beton, method: str, groups: NDArray[np.int64]) -> Subset:
@@ -158,7 +159,8 @@ def _by_class(beton: Beton, method: str, groups: NDArray[np.int64]) -> Subset:
     return Subset(samples_of_groups(beton.labels, groups), groups, ratio, method)
 
 
-def _by_votes(beton: Beton, choice: Choice) -> Subset:
+def _by_votes(beton: Beton, choice: Choice) -> tuple[Subset, NDArray[np.integer]]:
+    """The subset, and the group (class or cluster) of each sample of `beton`."""
     cast = [load_votes(path, beton=beton) for path in choice.votes]
     votes, affinity = join_votes(cast, choice.votes)
     combined, closeness = select.combine(votes, affinity, how=choice.combine, weights=choice.weights)
@@ -166,13 +168,18 @@ def _by_votes(beton: Beton, choice: Choice) -> Subset:
     count = choice.amount.count(beton, combined[ranking])
     chosen = ranking[::-1][:count] if choice.reverse else ranking[:count]
     method = "+".join(dict.fromkeys(item.method for item in cast))
-    return _by_class(beton, f"{method}-reverse" if choice.reverse else method, np.sort(chosen))
+    method, members = f"{method}-reverse" if choice.reverse else method, cast[0].members
+    if members is None:
+        return _by_class(beton, method, np.sort(chosen)), beton.labels
+    kept, total = samples_of_groups(members.assignment, chosen), len(ranking)
+    about = {"groups_are": "clusters", "num_groups": total}
+    return Subset(kept, np.sort(chosen), (total - count) / total, method, about), members.assignment
 
 
 def join_votes(cast: list[Votes], paths: tuple[Path, ...]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Votes and affinity (targets of all files, groups), in the files' order. Other groups are a UserError."""
     for path, item in zip(paths, cast, strict=True):
-        if item.classes != cast[0].classes:
+        if item.classes != cast[0].classes or not same_members(item.members, cast[0].members):
             raise UserError(f"{path} holds votes for other groups than {paths[0]}: cast both for the same ones")
     return np.concatenate([item.votes for item in cast]), np.concatenate([item.affinity for item in cast])
 
@@ -211,7 +218,7 @@ def _within_scores(beton: Beton, choice: Choice, what: str, share: float) -> tup
     return scores, path
 
 
-def _within(beton: Beton, subset: Subset, scores: Scores, share: float) -> Subset:
-    inside = subset.indices
-    kept = choose_samples(scores.scores[inside], share, rule=scores.keeps, labels=beton.labels[inside])
+def _within(groups: NDArray[np.integer], subset: Subset, scores: Scores, share: float) -> Subset:
+    inside, labels = subset.indices, groups.astype(np.int64)
+    kept = choose_samples(scores.scores[inside], share, rule=scores.keeps, labels=labels[inside])
     return replace(subset, indices=inside[kept], method=f"{subset.method}+{scores.method}:{share:g}")

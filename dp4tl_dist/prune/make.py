@@ -11,7 +11,7 @@ from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_output, make_meta
-from dp4tl_dist.prune.choice import Amount, Choice, check_choice, choose, parse_within
+from dp4tl_dist.prune.choice import NO_GROUPS, Amount, Choice, check_choice, choose, parse_within
 from dp4tl_dist.prune.vote import vote
 
 __all__ = ["Amount", "PruneSummary", "prune", "val_path", "vote"]
@@ -26,15 +26,17 @@ class PruneSummary:
     num_samples: int
     groups_kept: int | None
     num_groups: int
+    what: str = "classes"
     val_kept: int | None = None
     val_samples: int | None = None
 
     def __str__(self) -> str:
-        groups = "" if self.groups_kept is None else f" of {self.groups_kept} of {self.num_groups} classes"
+        groups = "" if self.groups_kept is None else f" of {self.groups_kept} of {self.num_groups} {self.what}"
         text = f"{self.num_kept} of {self.num_samples} samples{groups} ({self.method})"
         if self.val_kept is None:
             return text
-        whole = ", left whole: samples were chosen, not classes" if self.groups_kept is None else ""
+        chosen = "samples" if self.groups_kept is None else self.what
+        whole = "" if chosen == "classes" else f", left whole: {chosen} were chosen, not classes"
         return f"{text}; validation: {self.val_kept} of {self.val_samples} samples{whole}"
 
 
@@ -90,7 +92,8 @@ def prune(
     }  # fmt: skip
     subset, inputs = choose(beton, choice)
     inputs = {"source": beton.fingerprint, **inputs}
-    meta = make_meta("subset", config=config, seed=seed if choice.draws else None, inputs=inputs)
+    about = {"groups_are": "classes", "num_groups": beton.num_classes, **subset.meta}
+    meta = make_meta("subset", config=config, seed=seed if choice.draws else None, inputs=inputs) | about
     chosen = _not_empty(replace(subset, meta=meta), source)
     val = None if apply_to is None else _open_val(apply_to, beton)
     chosen_val = None if val is None else _not_empty(_apply(chosen, val), val.path)
@@ -98,7 +101,8 @@ def prune(
         save_subset(out_val, chosen_val)
     save_subset(out, chosen)
     return PruneSummary(
-        chosen.method, len(chosen.indices), beton.num_samples, len(chosen.groups) or None, beton.num_classes,
+        chosen.method, len(chosen.indices), beton.num_samples, len(chosen.groups) or None,
+        meta["num_groups"], meta["groups_are"],
         None if chosen_val is None else len(chosen_val.indices), None if val is None else val.num_samples,
     )  # fmt: skip
 
@@ -116,14 +120,16 @@ def _open_val(path: Path, source: Beton) -> Beton:
 
 
 def _apply(chosen: Subset, val: Beton) -> Subset:
-    """The validation samples of the kept classes; all of them where samples were chosen, not classes."""
-    by_class = len(chosen.groups) > 0
-    indices = samples_of_groups(val.labels, chosen.groups) if by_class else np.arange(val.num_samples, dtype=np.int64)
+    """The validation samples of the kept classes; all of them where samples or clusters of samples were chosen."""
     meta = {**chosen.meta, "inputs": {**chosen.meta["inputs"], "source": val.fingerprint}}
-    return Subset(indices, chosen.groups, chosen.ratio if by_class else 0.0, chosen.method, meta)
+    if len(chosen.groups) == 0 or meta["groups_are"] != "classes":
+        return Subset(np.arange(val.num_samples, dtype=np.int64), NO_GROUPS, 0.0, chosen.method, meta)
+    return Subset(samples_of_groups(val.labels, chosen.groups), chosen.groups, chosen.ratio, chosen.method, meta)
 
 
 def _not_empty(subset: Subset, path: Path) -> Subset:
     if len(subset.indices) == 0:
-        raise UserError(f"{path} has no sample of the {len(subset.groups)} kept classes: keep more of them")
+        raise UserError(
+            f"{path} has no sample of the {len(subset.groups)} kept {subset.meta['groups_are']}: keep more of them"
+        )
     return subset

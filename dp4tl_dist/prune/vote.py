@@ -1,4 +1,4 @@
-"""The verb `vote`: a surrogate, one or more targets, and for FM the source -> a votes file."""
+"""The verb `vote`: a surrogate, one or more targets, and for FM the source or its clusters -> a votes file."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.errors import UserError, one_of
-from dp4tl_dist.files import check_fingerprint, check_output, make_meta
+from dp4tl_dist.files import check_fingerprint, check_output, digest_file, make_meta
+from dp4tl_dist.prune.clusters_file import Clusters, load_clusters, nearest
 from dp4tl_dist.prune.select import combine, count_for_coverage, rank_groups
-from dp4tl_dist.prune.votes_file import Votes, save_votes
+from dp4tl_dist.prune.votes_file import Members, Votes, save_votes
 from dp4tl_dist.world import World, on_main
 
 if TYPE_CHECKING:
+    from dp4tl_dist.data.loader import CentreView
     from dp4tl_dist.prune.surrogate import Surrogate
 
 METHODS = ("lm", "fm")
@@ -35,11 +37,12 @@ class VoteSummary:
     """The fewest groups that hold 95 % of the votes."""
     top: tuple[tuple[str, int], ...]
     """The first groups of the ranking, and their votes."""
+    what: str = "classes"
 
     def __str__(self) -> str:
         first = ", ".join(f"{name} {count}" for name, count in self.top)
         return (
-            f"{self.num_voters} votes ({self.method}) for {self.groups_with_votes} of {self.num_groups} classes; "
+            f"{self.num_voters} votes ({self.method}) for {self.groups_with_votes} of {self.num_groups} {self.what}; "
             f"{self.groups_for_95} hold 95 % of the votes; first: {first}"
         )
 
@@ -51,6 +54,7 @@ def vote(
     surrogate: Path,
     targets: Sequence[Path],
     source: Path | None = None,
+    clusters: Path | None = None,
     out: Path,
     batch_size: int = 256,
     resolution: int | None = None,
@@ -61,28 +65,43 @@ def vote(
     """Let the images of `targets` vote by the surrogate (a checkpoint or run folder); rank 0 writes `out`.
 
     All ranks call it and get the same summary or the same UserError. lm: groups are the surrogate's classes. fm: groups
-    are the classes of `source`, which is needed. `resolution` defaults to the surrogate's validation resolution.
+    are the classes of `source` or the `clusters` of a clusters file: one of the two is needed. `resolution` defaults to
+    the surrogate's validation resolution.
     """
     one_of("--method", method, METHODS)
     one_of("--precision", precision, PRECISIONS)
-    if method == "fm" and source is None:
-        raise UserError("--method fm makes its centres from the source: add --source")
+    if method == "fm" and source is None and clusters is None:
+        raise UserError("--method fm makes its centres from the source: add --source, or --clusters")
+    if method == "lm" and clusters is not None:
+        raise UserError("--clusters are the groups of --method fm: lm votes for the surrogate's classes")
     if batch_size < 1 or not targets:
         raise UserError(f"--batch-size {batch_size} must be positive, and at least one --target given")
     on_main(world, lambda: check_output(out, force=force))
     betons = [open_beton(path) for path in targets]
     origin = None if source is None else open_beton(source)
-    network, meta = _load(surrogate, world, batch_size, resolution, num_workers, bf16=_bf16(precision, world))
+    network, meta = load_surrogate(
+        surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world)
+    )
     inputs = _inputs(meta, surrogate, betons, origin, method=method)
+    view, found = network.view, None
+    if clusters is not None:
+        found = load_clusters(clusters, beton=origin)
+        inputs |= _of_clusters(found, clusters, inputs, surrogate, view)
     classes = tuple(meta["classes"]) if method == "lm" or origin is None else origin.classes
-    result = _cast(network, world, betons, origin if method == "fm" else None, len(classes))
-    view = network.view
+    if found is not None:
+        classes = tuple(f"cluster {i}" for i in range(found.num_clusters))
+    centres = None
+    if method == "fm":
+        centres = _class_means(network, world, origin) if found is None else found.centres
+    result = _cast(network, world, betons, centres, len(classes))
     config = {
         "method": method, "surrogate": str(surrogate), "targets": [str(path) for path in targets],
-        "source": source and str(source), "batch_size": batch_size, "resolution": view.resolution, "ratio": view.ratio,
+        "source": source and str(source), "clusters": clusters and str(clusters), "batch_size": batch_size,
+        "resolution": view.resolution, "ratio": view.ratio,
         "bf16": network.bf16,
     }  # fmt: skip
-    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs))
+    members = None if found is None else Members(found.assignment, nearest(found))
+    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs), members)
     on_main(world, lambda: save_votes(out, votes))
     return summarise(votes)
 
@@ -93,14 +112,15 @@ def summarise(votes: Votes, *, num_top: int = 5) -> VoteSummary:
     ranking, counts = rank_groups(combined, affinity), votes.votes.sum(axis=0)
     top = tuple((votes.classes[i], int(counts[i])) for i in ranking[:num_top])
     needed = count_for_coverage(combined[ranking], 0.95)
-    return VoteSummary(votes.method, int(counts.sum()), len(counts), int(np.count_nonzero(counts)), needed, top)
+    return VoteSummary(votes.method, int(counts.sum()), len(counts), int(np.count_nonzero(counts)), needed, top,
+                       votes.what)  # fmt: skip
 
 
-def _bf16(precision: str, world: World) -> bool:
+def use_bf16(precision: str, world: World) -> bool:
     return precision == "bf16" or (precision == "auto" and world.device != "cpu")
 
 
-def _load(
+def load_surrogate(
     path: Path, world: World, batch_size: int, resolution: int | None, num_workers: int, *, bf16: bool
 ) -> tuple["Surrogate", dict[str, Any]]:
     """The surrogate on this rank's device with its centre view, and its checkpoint's meta."""
@@ -136,23 +156,50 @@ def _inputs(
     if method == "lm" and trained_on is None:
         raise UserError(f"the checkpoint {path} does not say what it was trained on: train it again with `dp4tl train`")
     return {
-        "source": source.fingerprint if source is not None else trained_on,
+        "source": source.fingerprint if source is not None else str(trained_on),
         "surrogate": meta["digests"]["weights.safetensors"],
         **{f"target{i}": beton.fingerprint for i, beton in enumerate(targets)},
     }
 
 
+def _of_clusters(
+    clusters: Clusters, path: Path, inputs: dict[str, str], surrogate: Path, view: "CentreView"
+) -> dict[str, str]:
+    """The fingerprints of clusters that this surrogate made, looking at images as it does now; others are refused."""
+    made_for, config = clusters.meta["inputs"], clusters.meta["config"]
+    check_fingerprint(
+        "surrogate", made_for["surrogate"], inputs["surrogate"], expected_from=path, actual_from=surrogate
+    )
+    if (config["resolution"], config["ratio"]) != (view.resolution, view.ratio):
+        raise UserError(
+            f"{path} was made at a resolution of {config['resolution']} px, and the targets would vote at "
+            f"{view.resolution}: pass --resolution {config['resolution']}"
+        )
+    return {"source": made_for["source"], "clusters": digest_file(path)}
+
+
+def _class_means(network: "Surrogate", world: World, source: Beton | None) -> NDArray[np.float64]:
+    from dp4tl_dist.prune.surrogate import class_centres
+
+    assert source is not None
+    return class_centres(network, world, source)
+
+
 def _cast(
-    network: "Surrogate", world: World, targets: Sequence[Beton], source: Beton | None, num_groups: int
+    network: "Surrogate",
+    world: World,
+    targets: Sequence[Beton],
+    middles: NDArray[np.float64] | None,
+    num_groups: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Votes and affinity (targets, groups), predictions of all images, sizes of targets. FM if `source` is given."""
+    """Votes and affinity (targets, groups), predictions of all images, sizes of targets. FM if `middles` are given."""
     import torch
     from torch import Tensor
 
-    from dp4tl_dist.prune.surrogate import cast_votes, class_centres
+    from dp4tl_dist.prune.surrogate import cast_votes
     from dp4tl_dist.prune.votes import Tally, fm_tally, lm_tally
 
-    centres = None if source is None else torch.from_numpy(class_centres(network, world, source)).to(world.device)
+    centres = None if middles is None else torch.from_numpy(middles).to(world.device)
 
     def judge(logits: Tensor, features: Tensor) -> Tally:
         return lm_tally(logits) if centres is None else fm_tally(features, centres)

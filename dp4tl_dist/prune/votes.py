@@ -20,18 +20,23 @@ LIMIT = 2.0**33  # |sum| below this fits int64 in units
 CHUNK = 1 << 20  # distances held at once
 
 
-def to_units(values: Tensor) -> Tensor:
-    """float (...) -> int64 (...) in units of 2^-30, rounded to the nearest.
+def to_units(values: Tensor, unit: float = UNIT) -> Tensor:
+    """float (...) -> int64 (...) in units of 2^-30, or of another power of two, rounded to the nearest.
 
     Integers add exactly in any order: a sum of units is bit-identical for any batches and ranks. The error of a term is
-    2^-31; a sum is right as long as it stays below 2^33, which `check_sums` proves.
+    half a unit; a sum of units of 2^-30 is right as long as it stays below 2^33, which `check_sums` proves.
     """
-    return (values.double() / UNIT).round().long()
+    return (values.double() / unit).round().long()
 
 
-def from_units(units: Tensor) -> Tensor:
+def from_units(units: Tensor, unit: float = UNIT) -> Tensor:
     """int64 units -> float64, correctly rounded."""
-    return units.double() * UNIT
+    return units.double() * unit
+
+
+def fitting_unit(largest_term: float, num_terms: int) -> float:
+    """The smallest power of two in whose units the sum of so many terms of that size is sure to fit int64."""
+    return 2.0 ** (math.ceil(math.log2(max(largest_term * max(num_terms, 1), 2.0**-900))) - 62)
 
 
 def largest(values: Tensor) -> float:
@@ -139,6 +144,12 @@ def exact_distances(left: Tensor, right: Tensor) -> Tensor:
     a, b = _slices(left), _slices(right)
     square = _dot(a, a)[:, None] + _dot(b, b)[None, :]
     return (square - 2 * _dot(a, b, pairs=True)).clamp_(min=0).sqrt_()
+
+
+def exact_squares(values: Tensor) -> Tensor:
+    """Squared lengths float64 (n,) of the rows of `values` (n, dim), float64; each depends on its own row alone."""
+    sliced = _slices(values)
+    return _dot(sliced, sliced).clamp_(min=0)
 
 
 def _slices(values: Tensor) -> tuple[Tensor, Tensor]:

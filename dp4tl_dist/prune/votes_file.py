@@ -10,8 +10,19 @@ from numpy.typing import NDArray
 from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_fingerprint, load_npz, require_array, save_npz
+from dp4tl_dist.prune.clusters_file import fit_together
 
 KIND = "votes"
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Which samples of the source are in which group, where groups are clusters and labels do not tell."""
+
+    assignment: NDArray[np.int32]
+    """(samples,): the cluster of each sample, by its position in the source."""
+    nearest: NDArray[np.int64]
+    """(clusters, some): positions of the samples nearest to each centre, nearest first; -1 where there are fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +39,19 @@ class Votes:
     classes: tuple[str, ...]
     """The groups' names."""
     meta: dict[str, Any] = field(default_factory=dict)
+    members: Members | None = None
+    """None where the groups are the source's classes."""
+
+    @property
+    def what(self) -> str:
+        return "classes" if self.members is None else "clusters"
+
+
+def same_members(left: Members | None, right: Members | None) -> bool:
+    """Whether groups are the same ones: both the source's classes, or the same clusters."""
+    if left is None or right is None:
+        return left is right
+    return np.array_equal(left.assignment, right.assignment)
 
 
 def save_votes(path: Path, votes: Votes) -> None:
@@ -40,6 +64,8 @@ def save_votes(path: Path, votes: Votes) -> None:
         "predictions": votes.predictions,
         "target_sizes": votes.target_sizes,
     }
+    if votes.members is not None:
+        arrays |= {"assignment": votes.members.assignment, "nearest": votes.members.nearest}
     save_npz(path, arrays, meta)
 
 
@@ -51,6 +77,10 @@ def load_votes(path: Path, *, beton: Beton | None = None) -> Votes:
     axes = 1 if len(sizes) == 1 else 2
     votes = np.atleast_2d(require_array(path, arrays, "votes", dtype="int64", ndim=axes))
     affinity = np.atleast_2d(require_array(path, arrays, "affinity", dtype="float64", ndim=axes))
+    members = None
+    if "assignment" in arrays:
+        assignment = require_array(path, arrays, "assignment", dtype="int32", ndim=1)
+        members = Members(assignment, require_array(path, arrays, "nearest", dtype="int64", ndim=2))
     classes, method = meta.pop("classes", None), meta.pop("method", None)
     if beton is not None:
         inputs = meta.get("inputs")
@@ -63,10 +93,18 @@ def load_votes(path: Path, *, beton: Beton | None = None) -> Votes:
         or affinity.shape != votes.shape
         or np.isnan(affinity).any()
         or not _add_up(votes, predictions, sizes)
-        or (beton is not None and len(classes) != beton.num_classes)
+        or (members is None and beton is not None and len(classes) != beton.num_classes)
+        or (members is not None and not _belong(members, len(classes), beton))
     ):
         raise UserError(f"{path} holds votes that do not add up: make it again with `dp4tl vote`")
-    return Votes(votes, affinity, predictions, sizes, method, tuple(classes), meta)
+    return Votes(votes, affinity, predictions, sizes, method, tuple(classes), meta, members)
+
+
+def _belong(members: Members, num_groups: int, beton: Beton | None) -> bool:
+    """Whether each sample is in one of the groups, and `nearest` names samples."""
+    near, num_samples = members.nearest, len(members.assignment)
+    named = len(near) == num_groups and (near >= -1).all() and (near < num_samples).all()
+    return bool(named) and fit_together(members.assignment, num_groups, beton)
 
 
 def _add_up(votes: NDArray[np.int64], predictions: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
