@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_train
+from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_study, verbs_train
 from dp4tl_dist.arguments import Parser
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError, one_line
 from dp4tl_dist.launcher import die_with_parent, report_error
@@ -80,7 +80,8 @@ def fail(code: int, message: str, *, kind: str = "error", consequence: bool = Fa
 
 VERBS = (
     verbs_data.write, verbs_data.info, verbs_train.train, verbs_select.cluster, verbs_select.vote, verbs_select.prune,
-    verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_train.report, verbs_data.doctor,
+    verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_train.report, verbs_study.advise,
+    verbs_data.doctor,
 )  # fmt: skip
 
 

@@ -1,12 +1,46 @@
 """Learning rate and resolution as pure functions of the position in the run: nothing to save, nothing to restore."""
 
 import math
+from dataclasses import dataclass
 
 from dp4tl_dist.config import OptimConfig
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run over `num_samples`: how many steps, in which epochs, and where each stands."""
+
+    num_samples: int
+    optim: OptimConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.optim.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.optim.steps or self.steps_per_epoch * self.optim.epochs
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the samples; the last one may be cut short where `optim.steps` says when to end."""
+        return -(-self.num_steps // self.steps_per_epoch)
+
+    def last_step(self, epoch: int) -> int:
+        """The step count at which `epoch` ends."""
+        return min((epoch + 1) * self.steps_per_epoch, self.num_steps)
+
+    def position(self, step: int) -> float:
+        """Where `step` stands in the schedule, in its epochs: from 0 to `optim.epochs` at the run's end."""
+        return step * self.optim.epochs / self.num_steps
+
+    def side(self, epoch: int) -> int:
+        """The side of the training crops in a pass over the samples: that of its first step."""
+        return resolution(self.optim, self.position(epoch * self.steps_per_epoch))
+
+
 def learning_rate(train: OptimConfig, epoch: float) -> float:
-    """The learning rate at a fractional `epoch`: `Job.position` of the step.
+    """The learning rate at a fractional `epoch`: `Plan.position` of the step.
 
     triangular: straight up to `lr` at `peak_epoch`, then straight down to 0 at the end (FFCV's ImageNet recipe).
     cosine: linear warm-up until `peak_epoch`, then half a cosine down to 0.

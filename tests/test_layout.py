@@ -26,8 +26,8 @@ LEVELS = (
     ("transfer",),
     ("run_config", "stage", "arms", "stages"),
     ("report",),
-    ("launcher", "table", "info", "doctor", "pipeline"),
-    ("arguments", "verbs_data", "verbs_select", "verbs_train", "cli"),
+    ("launcher", "table", "info", "doctor", "pipeline", "advise"),
+    ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,15 +1,11 @@
 """Learning rate and resolution at their corners."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dp4tl_dist.config import OptimConfig, TrainConfig, load_config
-from dp4tl_dist.schedule import learning_rate, resolution
-from dp4tl_dist.train.evaluate import Split
-from dp4tl_dist.train.job import Job
+from dp4tl_dist.schedule import Plan, learning_rate, resolution
 
 TRIANGLE = OptimConfig(epochs=16, lr=0.5, schedule="triangular", peak_epoch=2)
 COSINE = OptimConfig(epochs=10, lr=2.0, schedule="cosine", peak_epoch=2)
@@ -73,23 +69,15 @@ def test_schedule_and_ramp_stretch_over_the_steps(kept: int, steps: int) -> None
     """Whatever the passes over the samples, a run goes once through its schedule, as one of `epochs` epochs does."""
     optim = OptimConfig(epochs=5, steps=steps, batch_size=8, lr=1.0, peak_epoch=1, start_resolution=32, resolution=64,
                         ramp_start=1, ramp_end=4, resolution_step=8)  # fmt: skip
-    job = job_of(optim, kept)
-    assert job.num_steps == (steps or kept // 8 * 5)
-    ends = [job.last_step(epoch) for epoch in range(job.num_epochs)]
-    assert ends[-1] == job.num_steps and ends[:-1] == [(i + 1) * (kept // 8) for i in range(job.num_epochs - 1)]
-    assert [job.position(0), job.position(job.num_steps)] == [0, 5]
-    rates = [learning_rate(optim, job.position(step)) for step in range(job.num_steps)]
-    assert abs(rates.index(max(rates)) - job.num_steps / 5) <= 1 and 0 < rates[-1] <= 2 / job.num_steps * 5
-    sides = [resolution(optim, job.position(epoch * (kept // 8))) for epoch in range(job.num_epochs)]
+    plan = Plan(kept, optim)
+    assert plan.num_steps == (steps or kept // 8 * 5)
+    ends = [plan.last_step(epoch) for epoch in range(plan.num_epochs)]
+    assert ends[-1] == plan.num_steps and ends[:-1] == [(i + 1) * (kept // 8) for i in range(plan.num_epochs - 1)]
+    assert [plan.position(0), plan.position(plan.num_steps)] == [0, 5]
+    rates = [learning_rate(optim, plan.position(step)) for step in range(plan.num_steps)]
+    assert abs(rates.index(max(rates)) - plan.num_steps / 5) <= 1 and 0 < rates[-1] <= 2 / plan.num_steps * 5
+    sides = [plan.side(epoch) for epoch in range(plan.num_epochs)]
     assert sides == sorted(sides) and sides[0] == 32
     if not steps:  # an epoch's position is its number, to the bit
-        assert [job.position(epoch * (kept // 8)) for epoch in range(5)] == [0, 1, 2, 3, 4]
-        assert all(job.position(step) == step / (kept // 8) for step in range(job.num_steps))
-
-
-def job_of(optim: OptimConfig, kept: int) -> Job:
-    config = TrainConfig()
-    return Job(
-        out=Path(), task=None, train=Split(None, np.arange(kept)), val=None, classes=(), config={}, inputs={}, seed=0,
-        optim=optim, data=config.data, engine=config.engine, log=config.log, checkpoint=config.checkpoint,
-    )  # type: ignore[arg-type] # fmt: skip
+        assert [plan.position(epoch * (kept // 8)) for epoch in range(5)] == [0, 1, 2, 3, 4]
+        assert all(plan.position(step) == step / (kept // 8) for step in range(plan.num_steps))

@@ -6,6 +6,7 @@ from typing import Any
 
 from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.schedule import Plan
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.task import Task
 
@@ -32,25 +33,16 @@ class Job:
     label: str = "train"
 
     @property
+    def plan(self) -> Plan:
+        return Plan(len(self.train.kept), self.optim)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return len(self.train.kept) // self.optim.batch_size
+        return self.plan.steps_per_epoch
 
     @property
     def num_steps(self) -> int:
-        return self.optim.steps or self.steps_per_epoch * self.optim.epochs
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over the samples; the last one may be cut short where `optim.steps` says when to end."""
-        return -(-self.num_steps // self.steps_per_epoch)
-
-    def last_step(self, epoch: int) -> int:
-        """The step count at which `epoch` ends."""
-        return min((epoch + 1) * self.steps_per_epoch, self.num_steps)
-
-    def position(self, step: int) -> float:
-        """Where `step` stands in the schedule, in its epochs: from 0 to `optim.epochs` at the run's end."""
-        return step * self.optim.epochs / self.num_steps
+        return self.plan.num_steps
 
     def check(self, num_ranks: int) -> None:
         """Raise UserError where batch, samples and ranks do not fit together."""

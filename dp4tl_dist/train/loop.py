@@ -14,7 +14,7 @@ from dp4tl_dist.data.order import epoch_order, rank_batches
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say
-from dp4tl_dist.schedule import learning_rate, resolution
+from dp4tl_dist.schedule import learning_rate
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import DDPEngine
@@ -66,7 +66,7 @@ class Fit:
             job.out.mkdir(parents=True, exist_ok=True)
             write_json(job.out / "config.json", job.config)
         if self.at.step >= job.num_steps and meta is not None:
-            self._say(f"{job.label}: {job.out} is complete ({job.num_epochs} epochs)")
+            self._say(f"{job.label}: {job.out} is complete ({job.plan.num_epochs} epochs)")
             return meta
         self.started = time.monotonic() - self.at.seconds
         with contextlib.ExitStack() as stack:
@@ -91,15 +91,14 @@ class Fit:
         job, at = self.job, self.at
         at.val = None
         epoch = at.step // job.steps_per_epoch
-        # The side is that of the epoch's first step, also where a run goes on inside the epoch.
-        side = resolution(job.optim, job.position(epoch * job.steps_per_epoch))
-        waited, begun, first, end = 0.0, time.monotonic(), at.step, job.last_step(epoch)
+        side, end = job.plan.side(epoch), job.plan.last_step(epoch)
+        waited, begun, first = 0.0, time.monotonic(), at.step
         with contextlib.closing(self._batches(epoch, side)) as batches:
             while at.step < end:
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                lr = learning_rate(job.optim, job.position(at.step))
+                lr = learning_rate(job.optim, job.plan.position(at.step))
                 at.since_log.append(self.engine.step(batch, lr=lr))
                 if self.skips:
                     at.bad_samples += (batch.labels == IGNORED).sum()
@@ -112,7 +111,9 @@ class Fit:
                     spent = time.monotonic() - begun
                     rate = (at.step - first) * job.optim.batch_size / spent
                     loss = watch.log_step(self, epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
-                    advance(at.step, job.num_steps, epoch=f"{epoch + 1}/{job.num_epochs}", loss=loss, img_s=round(rate))
+                    advance(
+                        at.step, job.num_steps, epoch=f"{epoch + 1}/{job.plan.num_epochs}", loss=loss, img_s=round(rate)
+                    )
                 if (stop or save) and not end_of_epoch:
                     self._save(stopping=stop)
         better = self._validate(epoch, loss, rate)
@@ -162,7 +163,9 @@ class Fit:
         shown = f"  val top-1 {100 * score.top1:.2f} %" if score else ""
         if last or time.monotonic() - self.said_at >= EPOCH_LINE_EVERY_S:
             self.said_at = time.monotonic()
-            self._say(f"{job.label}: epoch {epoch + 1}/{job.num_epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s")
+            self._say(
+                f"{job.label}: epoch {epoch + 1}/{job.plan.num_epochs}  loss {loss:.4f}{shown}  {rate:.0f} images/s"
+            )
         now = checkpoint.goodness(self.at.val)
         better = now > self.at.best
         self.at.best = max(self.at.best, now)

@@ -1,0 +1,89 @@
+"""The verbs that study a choice before and after it is paid for: advise. What a verb needs is imported when it runs."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dp4tl_dist.arguments import Verbs, add_verb
+
+
+def advise(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "advise", run_advise, "Read off the votes how much of the source to keep, and what it costs."
+    )
+    parser.add_argument("--votes", type=Path, nargs="+", required=True, metavar="V.npz")
+    parser.add_argument("--source", type=Path, required=True, help="the source beton")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--throughput", type=float, metavar="N", help="images a second in training, of all ranks together"
+    )
+    speed.add_argument("--benchmark", action="store_true", help="measure it: train for some seconds on these ranks")
+    parser.add_argument(
+        "--config", default="resnet101", help="the recipe of the source model: a training config, a run's, or a preset"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+    parser.add_argument("--val", type=Path, metavar="VAL.beton", help="the source's validation set, where one is used")
+    parser.add_argument(
+        "--surrogate", type=Path, action="append", help="what voted, for its cost (default: where the votes say it is)"
+    )
+    parser.add_argument("--combine", choices=("normalised", "max", "counts", "sum"), default="normalised")
+    parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
+    parser.add_argument("--json", action="store_true", help="everything, the whole coverage curve included, as JSON")
+
+
+def run_advise(args: argparse.Namespace) -> None:
+    from dp4tl_dist import advise
+    from dp4tl_dist.errors import UserError
+    from dp4tl_dist.log import say
+    from dp4tl_dist.train.cost import Speed
+    from dp4tl_dist.verbs_select import parse_weights
+
+    advice = advise.read_votes(args.votes, args.source, combine=args.combine, weights=parse_weights(args.weights))
+    recipe = advise.read_recipe(args.config, args.set)
+    speed, main = None, True
+    if args.throughput is not None:
+        if not 0 < args.throughput < math.inf:
+            raise UserError(f"--throughput {args.throughput} is not a number of images a second: give one above 0")
+        speed = Speed.of_throughput(args.throughput, recipe.train)
+    if args.benchmark:
+        from dp4tl_dist.train.benchmark import measure
+        from dp4tl_dist.world import joined
+
+        with joined(recipe.engine.device, timeout_s=recipe.engine.timeout_s) as world:
+            speed, main = measure(advise.with_paths(recipe, args.source, args.val), world), world.is_main
+    surrogates = args.surrogate or advise.surrogates_of(advice.cast)
+    costs = None if speed is None else advise.costs_of(advice, recipe.train, speed, surrogates, args.val)
+    found = advise.advise(advice, costs)
+    if main:
+        say(json.dumps(found, indent=2) if args.json else as_text(found))
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What a reader wants first: whose votes, the sizes in a table, the suggestion and its reason."""
+    from dp4tl_dist.advise import clock
+
+    zero, suggestion, costs = found["zero_votes"], found["suggestion"], found["costs"]
+    lines = [
+        f"{found['num_voters']} images of {found['num_targets']} target(s) voted for "
+        f"{found['num_classes'] - len(zero['classes'])} of {found['num_classes']} classes; the other "
+        f"{len(zero['classes'])} ({zero['samples']} samples) got no vote",
+        f"{'keep':>7} {'classes':>8} {'samples':>9} {'MiB':>9} {'votes':>7}"
+        + (f" {'time*':>9} {'speed-up':>9}" if costs else ""),
+    ]
+    for size in found["sizes"]:
+        time = "-" if size["hours"] is None else clock(size["hours"] * 3600)
+        gain = "-" if size["speed_up"] is None else f"{size['speed_up']:.2f}x"
+        lines.append(
+            f"{size['keep']:>7.3g} {size['classes']:>8} {size['samples']:>9} {size['bytes'] / 2**20:>9.1f} "
+            f"{100 * size['coverage']:>5.1f} %"
+            + (f" {time:>9} {gain:>9}" if costs else "")
+            + (f"  {', '.join(size['notes'])}" if size["notes"] else "")
+        )
+    if costs:
+        parts = f"surrogate {clock(costs['surrogate_s'])}, vote {clock(costs['vote_s'])}"
+        known = parts if costs["surrogate_s"] else "the surrogate's cost is not known: name it with --surrogate"
+        lines.append(f"* at {costs['speed']['images_per_s']:.0f} images/s, with the selection ({known})")
+    lines.append(f"suggested: keep {suggestion['keep']:.3g} ({suggestion['classes']} classes): {suggestion['reason']}")
+    return "\n".join(lines)
