@@ -1,0 +1,78 @@
+"""Scores of single samples by a network's outputs: EL2N, GraNd, and nearness to a target's images.
+
+Each function takes a batch and returns float64 (n,): a sample's score depends on its own row alone.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from dp4tl_dist.prune.votes import CHUNK, exact_distances
+
+GRADIENTS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
+
+
+def el2n(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """The L2 norm of the error, ||softmax(logits) - onehot(label)||: high where a sample is hard. Kept: the highest.
+
+    Paul, Ganguli, Dziugaite: "Deep Learning on a Data Diet", NeurIPS 2021 (arXiv 2107.07075), definition 3. There it is
+    the mean over ten short trainings. logits: (n, classes). labels: int64 (n,).
+    """
+    return _error(logits, labels).norm(dim=1)
+
+
+def grand(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """The norm of the cross-entropy's gradient with respect to the last layer, weights and bias. Kept: the highest.
+
+    "Deep Learning on a Data Diet", definition 1, for the parameters of the head. They are W h + b with the features h,
+    (n, dim), so the gradient is the outer product of the error p - y and (h, 1), whose norm is the product of the two
+    norms: no gradient is ever held.
+    """
+    ones = torch.ones_like(features[:, :1])
+    return _error(logits, labels).norm(dim=1) * torch.cat([features, ones], dim=1).double().norm(dim=1)
+
+
+def _error(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.double().softmax(dim=1) - functional.one_hot(labels, logits.shape[1])
+
+
+def full_grand(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The norm of the cross-entropy's gradient with respect to all parameters, for each sample by itself.
+
+    "Deep Learning on a Data Diet", definition 1, at these weights; batch norm uses its running statistics, so that a
+    sample's gradient is its own. inputs: (n, 3, height, width), normalised. As many gradients are held at once as
+    `GRADIENTS_AT_ONCE` has room for, and one at least.
+    """
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, {**weights, **buffers}, (image[None],))
+        return functional.cross_entropy(logits.float(), label[None])
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=None)
+    at_once = max(1, GRADIENTS_AT_ONCE // sum(value.numel() for value in parameters.values()))
+    found = []
+    for images, some in zip(inputs.split(at_once), labels.split(at_once), strict=True):
+        squares = [value.double().flatten(1).square().sum(dim=1) for value in each(parameters, images, some).values()]
+        found.append(torch.stack(squares).sum(dim=0).sqrt())
+    return torch.cat(found)
+
+
+def retrieval(features: Tensor, targets: Tensor) -> Tensor:
+    """The cosine similarity to the nearest of the targets' images, in the surrogate's features. Kept: the highest.
+
+    Nearest-neighbour retrieval, as in choosing pretraining data by similarity to the target (Cui et al., CVPR 2018,
+    arXiv 1806.06193, for classes; Kim et al., "Coreset Sampling from Open-Set", CVPR 2023, arXiv 2303.11101, for
+    samples). features: (n, dim). targets: (images, dim), unit rows as `unit` makes them.
+    """
+    rows = unit(features)
+    found = [exact_distances(part, targets).amin(dim=1) for part in rows.split(max(1, CHUNK // len(targets)))]
+    return 1 - torch.cat(found).square() / 2
+
+
+def unit(features: Tensor) -> Tensor:
+    """float64 rows of length 1; a row of zeros stays."""
+    rows = features.double()
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
