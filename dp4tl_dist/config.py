@@ -138,6 +138,9 @@ class LogConfig(Table):
     tensorboard: bool = True
     order: bool = False
     """Also log each step's sample identifiers to order.jsonl (for drills; large)."""
+    sample_losses: bool = False
+    """Also log the loss of every training sample at every epoch, and the validation loss of each class, to
+    sample_losses.npz: what `dp4tl score --method forgetting` and `cld` read."""
 
 
 class CheckpointConfig(Table):

@@ -12,7 +12,7 @@ from dp4tl_dist.files import load_npz, read_json
 from dp4tl_dist.prune.clusters_file import load_clusters
 from dp4tl_dist.prune.votes_file import load_votes
 
-NPZ_KINDS = ("votes", "subset", "scores", "clusters")
+NPZ_KINDS = ("votes", "subset", "scores", "clusters", "losses")
 SHOWN_CLASSES = 8
 MAX_INDENT = 40
 

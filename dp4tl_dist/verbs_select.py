@@ -86,6 +86,43 @@ def run_cluster(args: argparse.Namespace) -> None:
             say(f"{args.out}: {summary}")
 
 
+def score(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "score", run_score, "Score every sample of a source, for `prune --scores`.")
+    parser.add_argument(
+        "--method", required=True,
+        choices=("el2n", "grand", "moderate", "herding", "k-centre", "retrieval", "forgetting", "cld"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--surrogate", type=Path, action="append", required=True,
+        help="a checkpoint folder or a run folder; repeated: the mean of their scores. forgetting and cld read the "
+        "losses that its run logged (log.sample_losses)",
+    )  # fmt: skip
+    parser.add_argument("--source", type=Path, required=True, help="the source beton")
+    parser.add_argument(
+        "--target", type=Path, action="append", default=[], help="retrieval: a target's training beton; may be repeated"
+    )
+    parser.add_argument("--full-gradient", action="store_true", help="grand: by all parameters, not the head's alone")
+    add_view(parser)
+    add_out(parser, "the scores, an .npz file")
+
+
+def run_score(args: argparse.Namespace) -> None:
+    from dp4tl_dist.files import check_output
+    from dp4tl_dist.log import say
+    from dp4tl_dist.world import joined
+
+    check_output(args.out, force=args.force)
+    from dp4tl_dist.prune.score import score
+
+    with joined(args.device) as world:
+        summary = score(world, method=args.method, surrogates=args.surrogate, source=args.source, targets=args.target,
+                        out=args.out, full_gradient=args.full_gradient, batch_size=args.batch_size,
+                        resolution=args.resolution, num_workers=args.workers, precision=args.precision,
+                        force=args.force)  # fmt: skip
+        if world.is_main:
+            say(f"{args.out}: {summary}")
+
+
 def prune(verbs: Verbs) -> None:
     parser = add_verb(verbs, "prune", run_prune, "Choose the source samples to keep.")
     parser.add_argument("--source", type=Path, required=True, help="the source beton")

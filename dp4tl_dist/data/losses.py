@@ -19,7 +19,7 @@ NAME = "sample_losses.npz"
 @dataclass(frozen=True, eq=False)
 class SampleLosses:
     losses: NDArray[np.float32]
-    """(epochs, samples): the cross-entropy of the sample at the position when the epoch saw it; NaN where it did not."""
+    """(epochs, samples): what the sample lost (cross-entropy) when the epoch saw it; NaN where it did not."""
     correct: NDArray[np.bool_]
     """(epochs, samples): whether its label had the largest output then."""
     val_losses: NDArray[np.float32]

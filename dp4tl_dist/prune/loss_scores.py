@@ -32,8 +32,8 @@ def cld(losses: SampleLosses, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """The correlation of a sample's loss differences, from one validated epoch to the next, with those of the mean
     validation loss of its class. Kept: the highest, of every class the same share.
 
-    Nagaraj, Ravikumar, Roy: "Coresets from Trajectories: Selecting Data via Correlation of Loss Differences" (CLD), TMLR
-    2025 (arXiv 2508.20230). The losses here are those of the training crops at the time when they were seen, not those
+    Nagaraj, Ravikumar, Roy: "Coresets from Trajectories: Selecting Data via Correlation of Loss Differences", TMLR 2025
+    (arXiv 2508.20230). The losses here are those of the training crops at the time when they were seen, not those
     of saved checkpoints. Where nothing can be correlated (a loss that is constant or was not seen twice, a class
     without validation samples) the score is 0.
     """

@@ -5,7 +5,7 @@ inside the loop, and only sums and one number an image are kept.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class Surrogate:
 @torch.inference_mode()
 def stream(
     surrogate: Surrogate, loader: BetonLoader, batches: Sequence[NDArray[np.int64]]
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+) -> Generator[tuple[Batch, Tensor, Tensor], None, None]:
     """One (batch, logits float32 (n, classes), features float32 (n, dim)) for each array of positions, in order."""
     surrogate.model.eval()
     with contextlib.closing(loader.epoch(batches, surrogate.view)) as epoch:
@@ -65,6 +65,26 @@ def shard(
                 advance(done, len(batches))
 
     return positions, run()
+
+
+def shard_classes(
+    surrogate: Surrogate, world: World, beton: Beton, *, label: str
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Whole classes, one after another: their positions in `beton` (n,) and features float32 (n, dim). Ranks take
+    classes in turn, and batches stay within a class: what shares a batch does not depend on the number of ranks.
+    """
+    by_class = np.split(np.argsort(beton.labels, kind="stable"), np.cumsum(np.bincount(beton.labels))[:-1])
+    mine = [members for members in by_class if len(members)][world.rank :: world.num_ranks]
+    size = surrogate.batch_size
+    batches = [members[i : i + size] for members in mine for i in range(0, len(members), size)]
+    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers)
+    items = stream(surrogate, loader, batches)
+    with progress(label, shown=world.is_main) as advance, contextlib.closing(items):
+        for done, members in enumerate(mine, start=1):
+            # On their way out of the ring of buffers: an image's features are small.
+            parts = [next(items)[2].cpu() for _ in range(0, len(members), size)]
+            yield members, torch.cat(parts)
+            advance(done, len(mine))
 
 
 def cast_votes(

@@ -1,13 +1,15 @@
 """Exact distributed evaluation: ragged shards, integer counts, the unwrapped module. No sample counts twice."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
-from dp4tl_dist.data.loader import IGNORED, CentreView
+from dp4tl_dist.data.loader import IGNORED, Batch, CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.train.engine import DDPEngine, averaged_buffers
 from dp4tl_dist.train.source import Source
@@ -36,9 +38,19 @@ class Score:
 
 @torch.inference_mode()
 def evaluate(
-    task: Task, engine: DDPEngine, world: World, split: Split, view: CentreView, *, batch_size: int = 256
+    task: Task,
+    engine: DDPEngine,
+    world: World,
+    split: Split,
+    view: CentreView,
+    *,
+    batch_size: int = 256,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Score:
-    """Accuracy and mean cross-entropy of the task's module over `split`, the same numbers on every rank."""
+    """Accuracy and mean cross-entropy of the task's module over `split`, the same numbers on every rank.
+
+    `observe` is shown each batch of this rank and its logits.
+    """
     sums = np.zeros(4, np.float64)  # correct, correct in the first five, cross-entropy, samples
     batches = inference_batches(split.kept, batch_size=batch_size, num_ranks=world.num_ranks, rank=world.rank)
     was_training = task.module.training
@@ -47,6 +59,8 @@ def evaluate(
         for batch in split.source.epoch(batches, view):
             with engine.autocast():
                 logits = task.predict(batch).float()
+            if observe is not None:
+                observe(batch, logits)
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
             loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum")
             count = (batch.labels != IGNORED).sum()

@@ -8,6 +8,7 @@ from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogCon
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.schedule import Plan
 from dp4tl_dist.train.evaluate import Split
+from dp4tl_dist.train.loss_log import LossLog
 from dp4tl_dist.train.task import Task
 
 
@@ -31,6 +32,8 @@ class Job:
     augment: bool = True
     """False trains on the centre view (what cached features are made of)."""
     label: str = "train"
+    losses: LossLog | None = None
+    """Logs the loss of every sample."""
 
     @property
     def plan(self) -> Plan:

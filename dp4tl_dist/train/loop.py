@@ -67,7 +67,9 @@ class Fit:
             write_json(job.out / "config.json", job.config)
         if self.at.step >= job.num_steps and meta is not None:
             self._say(f"{job.label}: {job.out} is complete ({job.plan.num_epochs} epochs)")
+            watch.finish_losses(self)
             return meta
+        watch.open_losses(self)
         self.started = time.monotonic() - self.at.seconds
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopFlag())
@@ -83,6 +85,7 @@ class Fit:
             job.task.module.train()
             while self.at.step < job.num_steps:
                 meta = self._epoch(advance)
+        watch.finish_losses(self)
         assert meta is not None
         return meta
 
@@ -149,7 +152,10 @@ class Fit:
         score: Score | None = None
         if job.val is not None and ((epoch + 1) % job.optim.val_every == 0 or last):
             view = CentreView(job.optim.val_resolution, job.optim.val_ratio)
-            score = evaluate(job.task, self.engine, self.world, job.val, view)
+            observe = job.losses.add_validation if job.losses else None
+            score = evaluate(job.task, self.engine, self.world, job.val, view, observe=observe)
+            if job.losses:
+                job.losses.end_validation(self.world, epoch)
         self.at.val = None if score is None else {"top1": score.top1, "top5": score.top5, "loss": score.loss}
         self.at.seconds = time.monotonic() - self.started
         values: dict[str, Any] = {f"val_{name}": value for name, value in (self.at.val or {}).items()}
@@ -175,6 +181,7 @@ class Fit:
         """Save where the run stands, on all ranks together; then stop if that was asked."""
         watch.mean_loss(self)  # weights that a NaN has reached are never saved over good ones
         watch.check_weights(self)
+        watch.gather_losses(self)
         self.at.seconds = time.monotonic() - self.started
         meta = run_state.save(self, must_succeed=stopping or self.at.step == self.job.num_steps)
         self.agreement.saved_at = time.monotonic()

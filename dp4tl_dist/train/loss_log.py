@@ -52,9 +52,7 @@ class LossLog:
         if self.working.stat().st_size != self.epochs * self._row.itemsize:
             raise UserError(f"{self.working} is not of this run: use another --out, or --force to start afresh")
         if epoch < self.epochs:
-            self._waiting[epoch] = np.fromfile(
-                self.working, self._row, count=1, offset=epoch * self._row.itemsize
-            )
+            self._waiting[epoch] = np.fromfile(self.working, self._row, count=1, offset=epoch * self._row.itemsize)
 
     def _empty(self) -> NDArray[Any]:
         row = np.zeros(1, self._row)

@@ -39,6 +39,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     def write(content: dict[str, Any]) -> None:
         assert fit.metrics is not None
         fit.metrics.save()
+        if job.losses:
+            job.losses.save()
         checkpoint.save(folder, **content, meta=meta)
         checkpoint.prune_old(job.out, keep=job.checkpoint.keep, step=step)
 

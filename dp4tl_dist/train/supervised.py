@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from dp4tl_dist.config import OptimConfig, TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
+from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.data.subset import load_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, folder_lock
@@ -21,6 +23,7 @@ from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
+from dp4tl_dist.train.loss_log import WORKING, LossLog
 from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
 
@@ -60,9 +63,10 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         folder = resolve(Path(config.model.init))
         load_into(model, folder)
         inputs["init"] = digest_file(folder / "meta.json")
-    return Job(
+    task = make_task(config, model)
+    job = Job(
         out=out,
-        task=make_task(config, model),
+        task=task,
         train=train_split,
         val=val_split,
         classes=train_beton.classes,
@@ -76,6 +80,13 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         checkpoint=config.checkpoint,
         label=out.name,
     )
+    if not config.log.sample_losses:
+        return job
+    if not isinstance(task, Supervised):
+        raise UserError(f"log.sample_losses follows labels, and task.kind {config.task.kind} has none: leave it out")
+    losses = LossLog(out, train_beton, epochs=job.num_epochs, config=job.config, inputs=inputs)
+    task.watch = losses.add
+    return replace(job, losses=losses)
 
 
 def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:
@@ -107,7 +118,7 @@ def claimed(out: Path, *, force: bool) -> Iterator[None]:
     with folder_lock(out):
         if force:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            for name in ("metrics.jsonl", "order.jsonl", "config.json"):
+            for name in ("metrics.jsonl", "order.jsonl", "config.json", NAME, WORKING):
                 (out / name).unlink(missing_ok=True)
         yield
 

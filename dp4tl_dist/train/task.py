@@ -35,9 +35,13 @@ class Supervised:
         self.module = module
         self.forward: Callable[[Tensor], Tensor] = module
         self.label_smoothing = label_smoothing
+        self.watch: Callable[[Batch, Tensor], None] | None = None
+        """Is shown each batch and its logits (n, classes), where somebody logs them."""
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.forward(inputs_of(batch))
+        if self.watch is not None:
+            self.watch(batch, logits.detach())
         # Divided by the whole batch, and not by the samples that count: then ranks and micro-batches weigh alike.
         total = functional.cross_entropy(
             logits.float(), batch.labels, label_smoothing=self.label_smoothing, ignore_index=IGNORED, reduction="sum"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dp4tl_dist.data.loader import Batch
-from dp4tl_dist.world import all_max, all_sum
+from dp4tl_dist.world import all_max, all_sum, on_main
 
 if TYPE_CHECKING:
     from dp4tl_dist.train.loop import Fit
@@ -41,12 +41,32 @@ def log_step(fit: "Fit", epoch: int, *, lr: float, side: int, rate: float, waite
     """Write a metrics line and start the next window of losses."""
     at, loss = fit.at, mean_loss(fit)
     at.since_log = []
+    gather_losses(fit)
     if fit.metrics:
         fit.metrics.write(
             "step", step=at.step, epoch=epoch, loss=loss, lr=lr, resolution=side,
             images_per_s=round(rate, 1), data_wait=round(waited, 4), num_ranks=fit.world.num_ranks,
         )  # fmt: skip
     return loss
+
+
+def open_losses(fit: "Fit") -> None:
+    """Where every sample's loss is logged: take up what the run's former self has logged."""
+    losses = fit.job.losses
+    if losses:
+        on_main(fit.world, lambda: losses.open(epoch=fit.at.step // fit.job.steps_per_epoch))
+
+
+def gather_losses(fit: "Fit") -> None:
+    """Bring the losses of the steps since the last call together; never across an epoch's end."""
+    if fit.job.losses:
+        fit.job.losses.gather(fit.world, (fit.at.step - 1) // fit.job.steps_per_epoch)
+
+
+def finish_losses(fit: "Fit") -> None:
+    """Write the losses file of a complete run."""
+    if fit.job.losses:
+        on_main(fit.world, fit.job.losses.finish)
 
 
 def log_order(fit: "Fit", batch: Batch) -> None:

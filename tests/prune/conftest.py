@@ -41,10 +41,10 @@ def make_beton(tmp_path_factory: pytest.TempPathFactory) -> MakeBeton:
 
 @pytest.fixture(scope="session")
 def make_surrogate(tmp_path_factory: pytest.TempPathFactory) -> MakeSurrogate:
-    """make_surrogate(beton, spoil=False): a checkpoint as if trained on `beton`; `spoil` puts a NaN in it."""
+    """make_surrogate(beton, spoil=False, seed=1): a checkpoint as if trained on `beton`; `spoil` puts a NaN in it."""
 
-    def make(beton: Beton, *, spoil: bool = False) -> Path:
-        torch.manual_seed(1)
+    def make(beton: Beton, *, spoil: bool = False, seed: int = 1) -> Path:
+        torch.manual_seed(seed)
         model = build_model("resnet_tiny", beton.num_classes)
         images = torch.from_numpy(np.stack([np.frombuffer(beton.payload(i), np.uint8) for i in range(16)]))
         images = images.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
