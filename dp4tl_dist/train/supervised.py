@@ -27,6 +27,9 @@ from dp4tl_dist.train.loss_log import WORKING, LossLog
 from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
 
+OWN = ("metrics.jsonl", "order.jsonl", "config.json", NAME, WORKING)
+"""The files of a run's folder."""
+
 
 def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) -> dict[str, Any]:
     """Train as `config` says, into the run folder `out`; returns the last checkpoint's meta.
@@ -112,13 +115,15 @@ def claimed(out: Path, *, force: bool) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out names the run's folder")
-    foreign = [item for item in out.iterdir() if not item.name.startswith(".")] if out.is_dir() else []
+    items = [item.name for item in out.iterdir()] if out.is_dir() else []
+    # What a run leaves that ended before its first line and its first checkpoint is its own as well.
+    foreign = [name for name in items if not name.startswith(".") and name not in (*OWN, "tensorboard")]
     if foreign and not (out / "checkpoints").is_dir() and not (out / "metrics.jsonl").exists() and not force:
         raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
     with folder_lock(out):
         if force:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            for name in ("metrics.jsonl", "order.jsonl", "config.json", NAME, WORKING):
+            for name in OWN:
                 (out / name).unlink(missing_ok=True)
         yield
 
