@@ -1,4 +1,4 @@
-"""The verbs that choose samples: vote, cluster, score, prune. What a verb needs is imported only when that verb runs."""
+"""The verbs that choose samples: vote, cluster, score, prune. A verb imports what it needs when it runs."""
 
 import argparse
 from pathlib import Path

@@ -37,7 +37,6 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
     A run that is there already is continued; `force` starts afresh. All ranks call it.
     """
     job = make_job(config, out=out, world=world)
-    job.check(world.num_ranks)
     with contextlib.ExitStack() as held:
         on_main(world, lambda: held.enter_context(claimed(out, force=force)))
         fit = Fit(job, world)
@@ -83,11 +82,12 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         checkpoint=config.checkpoint,
         label=out.name,
     )
+    job.check(world.num_ranks)
     if not config.log.sample_losses:
         return job
     if not isinstance(task, Supervised):
         raise UserError(f"log.sample_losses follows labels, and task.kind {config.task.kind} has none: leave it out")
-    losses = LossLog(out, train_beton, epochs=job.num_epochs, config=job.config, inputs=inputs)
+    losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, config=job.config, inputs=inputs)
     task.watch = losses.add
     return replace(job, losses=losses)
 
