@@ -1,5 +1,6 @@
 """The command `dp4tl`: one verb a stage. Here is how it ends; the `verbs_*` modules have what it takes."""
 
+import io
 import os
 import sys
 import time
@@ -28,6 +29,9 @@ def carry_out(argv: Sequence[str] | None) -> int:
     # torch loads it, which no import above does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # names of files need not be text: show them, whatever they hold
+                stream.reconfigure(errors="backslashreplace")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # torchrun starts ranks that would outlive it
         args = build_parser().parse_args(argv)

@@ -86,6 +86,11 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     return result
 
 
+def toml_string(text: str) -> str:
+    """`text` as a TOML string: JSON's, but for DEL, which TOML wants escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Model:
     """`content` as a `model`, or a UserError that names the key, the reason and, for a typo, the known keys."""
     try:

@@ -1,7 +1,6 @@
 """The verbs that train and show: train, transfer, run, report. What a verb needs is imported only when it runs."""
 
 import argparse
-import json
 from pathlib import Path
 
 from dp4tl_dist.arguments import Verbs, add_config, add_out, add_verb
@@ -19,9 +18,10 @@ def train(verbs: Verbs) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from dp4tl_dist.config import TrainConfig, load_config
+    from dp4tl_dist.config_file import toml_string
 
     paths = {"subset": args.subset, "val_subset": args.val_subset}
-    given = [f"data.{key}={json.dumps(str(path), ensure_ascii=False)}" for key, path in paths.items() if path]
+    given = [f"data.{key}={toml_string(str(path))}" for key, path in paths.items() if path]
     config = load_config(TrainConfig, args.config, [*args.set, *given])
 
     from dp4tl_dist.train.supervised import train

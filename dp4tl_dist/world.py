@@ -230,11 +230,16 @@ def gather_rows(world: World, positions: NDArray[np.int64], rows: NDArray[Any], 
     Raises RuntimeError unless every position of `num_rows` is written exactly once over all ranks.
     """
     # A sum over disjoint rows is a gather that needs no padding and no knowledge of the others' sizes.
-    counts = np.bincount(positions, minlength=num_rows)
+    inside = (positions >= 0) & (positions < num_rows)
+    counts = np.bincount(positions[inside], minlength=num_rows).astype(np.int64)
     result = np.zeros((num_rows, *rows.shape[1:]), rows.dtype)
-    result[positions] = rows
-    counts = all_sum(world, counts.astype(np.int64))
-    if len(counts) != num_rows or not (counts == 1).all():
+    result[positions[inside]] = rows[inside]
+    # One number more tells every rank of what lies outside on any.
+    outside, *_ = all_sum(world, np.array([np.count_nonzero(~inside)]))
+    counts = all_sum(world, counts)
+    if outside:
+        raise RuntimeError(f"{outside} positions are not among the {num_rows} rows")
+    if not (counts == 1).all():
         wrong = np.flatnonzero(counts != 1)
         raise RuntimeError(f"{len(wrong)} of {num_rows} rows were not written exactly once (first: row {wrong[:1]})")
     return all_sum(world, result)

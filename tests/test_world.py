@@ -150,9 +150,12 @@ def gathered(world: World, spoil: str) -> str | list[list[float]]:
     cuts = {1: [0, 17], 2: [0, 5, 17], 3: [0, 5, 17, 17]}[world.num_ranks]
     mine = order[cuts[world.rank] : cuts[world.rank + 1]]
     if spoil and world.is_main:
-        mine = {"missing": mine[1:], "double": np.append(mine, mine[:1]), "twice": np.append(mine[1:], mine[1])}[spoil]
+        mine = {"missing": mine[1:], "double": np.append(mine, mine[:1]), "outside": mine, "twice": np.append(mine[1:], mine[1])}[spoil]
+    values = rows[mine]
+    if spoil == "outside" and world.is_main:
+        mine = np.append(mine[1:], 17)
     try:
-        return gather_rows(world, mine, rows[mine], 17).tolist()
+        return gather_rows(world, mine, values, 17).tolist()
     except RuntimeError as error:
         return str(error)
 
@@ -163,11 +166,12 @@ def test_rows_are_gathered_in_place(num_ranks: int) -> None:
     assert run_ranks(gathered, num_ranks, "") == [expected] * num_ranks
 
 
-@pytest.mark.parametrize("spoil", ["missing", "double", "twice"])
+@pytest.mark.parametrize("spoil", ["missing", "double", "twice", "outside"])
 def test_a_row_missing_or_doubled_is_found_on_every_rank(spoil: str) -> None:
     for num_ranks in (1, 2):
         for message in run_ranks(gathered, num_ranks, spoil):
-            assert isinstance(message, str) and "of 17 rows were not written exactly once" in message
+            told = "1 positions are not among the 17 rows" if spoil == "outside" else "were not written exactly once"
+            assert isinstance(message, str) and told in message
 
 
 def shared(world: World, fails: bool) -> object:

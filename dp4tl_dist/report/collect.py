@@ -139,7 +139,8 @@ class Run:
         }
         counts = [len(subset.indices) for trial in trials if (subset := self.subset(trial))]
         if not counts:
-            counts = [int(n) for trial in trials if (n := self.metas[trial.pretrain].get("num_samples"))]
+            said = [self.metas[trial.pretrain].get("num_samples") for trial in trials]
+            counts = [value for value in said if isinstance(value, int) and 0 < value < 1 << 62]
         method, keep = (found.method, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
         return Arm(name, method, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None)

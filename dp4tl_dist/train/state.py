@@ -1,5 +1,9 @@
 """Saving and restoring a run, exactly: weights, optimizer, generators, each rank's own batch-norm buffers, position."""
 
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,16 +85,41 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     if folder is None:
         return None
     meta = checkpoint.read_meta(folder)
-    check_same_run(fit, meta)
-    checkpoint.load_into(job.task.module, folder)
-    state = checkpoint.load_state(folder)
-    fit.engine.optimizer.load_state_dict(state["optimizer"])
+    with fitting(folder):
+        check_same_run(fit, meta)
+        checkpoint.load_into(job.task.module, folder)
+        restore(fit, meta, checkpoint.load_state(folder))
+    if world.is_main and not meta["complete"]:
+        other = f" (saved by {meta['num_ranks']} ranks)" if fit.at.moved else ""
+        warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")
+    return meta
+
+
+@contextlib.contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """A checkpoint whose parts are whole, but not what this run would have saved, is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint {folder} does not fit this run ({type(error).__name__}: {str(error)[:200]}): "
+            "use another --out, or --force to start afresh"
+        ) from error
+
+
+def restore(fit: "Fit", meta: dict[str, Any], state: dict[str, Any]) -> None:
+    """Fill optimizer, generators, buffers and position from a checkpoint; ValueError and its like where they do not
+    fit."""
+    job, world, at = fit.job, fit.world, fit.at
+    load_optimizer(fit.engine.optimizer, state["optimizer"])
     same = len(state["ranks"]) == world.num_ranks
     own = state["ranks"][world.rank if same else 0]
     losses = own["losses"] if same else np.mean([rank["losses"] for rank in state["ranks"]], axis=0)
-    fit.at.since_log = [torch.tensor(float(loss), device=world.device) for loss in losses]
-    bad_samples = [rank["bad_samples"] for rank in state["ranks"]]
-    fit.at.bad_samples = bad_samples[world.rank] if same else sum(bad_samples) * world.is_main
+    at.since_log = [torch.tensor(float(loss), device=world.device) for loss in losses]
+    bad_samples = [int(rank["bad_samples"]) for rank in state["ranks"]]
+    at.bad_samples = bad_samples[world.rank] if same else sum(bad_samples) * world.is_main
     if same:
         named = dict(job.task.module.named_buffers())
         with torch.no_grad():
@@ -99,13 +128,36 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
         torch.set_rng_state(own["cpu_rng"])
         if "cuda_rng" in own and world.device != "cpu":
             torch.cuda.set_rng_state(own["cuda_rng"])
-    fit.at.step, fit.at.seconds = int(meta["step"]), float(meta["seconds"])
-    fit.at.restarts, fit.at.val, fit.at.best = int(meta["restarts"]) + 1, meta["val"], tuple(meta["best"])
-    fit.at.moved = int(meta["num_ranks"]) != world.num_ranks
-    if world.is_main and not meta["complete"]:
-        other = f" (saved by {meta['num_ranks']} ranks)" if meta["num_ranks"] != world.num_ranks else ""
-        warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")
-    return meta
+    at.step, at.seconds, at.restarts = int(meta["step"]), float(meta["seconds"]), int(meta["restarts"]) + 1
+    first, second = meta["best"]
+    at.val, at.best = meta["val"], (float(first), float(second))
+    at.moved = int(meta["num_ranks"]) != world.num_ranks
+    if not (0 <= at.step <= job.num_steps and 0 <= at.seconds < math.inf and at.restarts > 0):
+        raise ValueError(f"step {at.step}, {at.seconds} s, {at.restarts - 1} restarts")
+    if not isinstance(meta["complete"], bool) or not isinstance(at.val, dict | None):
+        raise TypeError('"complete" or "val"')
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, once it is known to be that of these parameters under these settings: torch takes any."""
+    own = optimizer.state_dict()["param_groups"]
+    settings = [{key: value for key, value in group.items() if key != "lr"} for group in own]
+    if [{key: group.get(key) for key in group if key != "lr"} for group in state["param_groups"]] != settings:
+        raise ValueError("the optimizer's settings are others")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and not _fits(value, parameters[number]):
+                raise ValueError(f"the optimizer's {name} of parameter {number} is {value.dtype} {list(value.shape)}")
+    optimizer.load_state_dict(state)
+
+
+def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether a tensor of the optimizer's can belong to the parameter: a number, or one for each of its own."""
+    if not value.is_floating_point() or value.is_meta or value.shape not in (parameter.shape, torch.Size()):
+        return False
+    # A file may hold a tensor whose elements share one place, which nothing can be written to.
+    return value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
 
 
 def check_same_run(fit: "Fit", meta: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dp4tl_dist.data.decode import BadSampleError
 from dp4tl_dist.errors import UserError
 
-SECONDS = 5.0
+SECONDS = 10.0
 """A part of a case that takes longer hangs."""
 MEMORY = 1 << 30
 """Bytes that a child may map beyond what it starts with."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import fuzz_beton
 import fuzz_checkpoint
+import fuzz_runs
 import numpy as np
 from fuzz_checkpoint import STEP
 from fuzz_formats import CANARY, mutate_npz
 from fuzz_mutate import TEXTS, mutate_bytes, mutate_json, mutate_lines, scalar
 
-from dp4tl_dist.config import PRESETS, TrainConfig, load_config
+from dp4tl_dist.config import PRESETS, TrainConfig, apply_overrides, load_config, read_toml, validate
 from dp4tl_dist.data.subset import Subset, load_subset, save_subset
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.info import describe, render
@@ -24,6 +25,7 @@ from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores, save_scores
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
+from dp4tl_dist.recipes import TransferConfig, recipe
 from dp4tl_dist.run_config import RunConfig
 
 Files = dict[str, bytes]
@@ -203,6 +205,30 @@ def read_config(model: type[Any]) -> Read:
     return read
 
 
+TRANSFER_TOML = """recipe = "ff-sgd"
+val_share = 0.25
+[train]
+epochs = 3
+lr = 0.5
+[engine]
+timeout_s = 30
+"""
+
+
+def transfer_seeds(folder: Path) -> list[Files]:
+    return [{"x.toml": TRANSFER_TOML.encode()}, {"x.toml": b"cached = false\n[train]\nepochs = 2\n"}]
+
+
+def read_transfer(folder: Path) -> Iterator[None]:
+    overrides = folder / "overrides.json"
+    given = json.loads(overrides.read_text()) if overrides.exists() else []
+    content = apply_overrides(read_toml(folder / "x.toml"), given)
+    found = validate(TransferConfig, recipe("ff", content), source="x.toml")
+    # What a result's meta holds makes the same transfer again.
+    assert validate(TransferConfig, json.loads(json.dumps(found.model_dump(mode="json"))), source="again") == found
+    yield
+
+
 # ---------------------------------------------------------------- records, lists, metrics
 
 
@@ -332,6 +358,9 @@ _ALL = (
     Reader("checkpoint", fuzz_checkpoint.seeds, fuzz_checkpoint.mutate, fuzz_checkpoint.read),
     Reader("train-config", config_seeds(TrainConfig, [TRAIN_TOML]), mutate_config, read_config(TrainConfig)),
     Reader("run-config", config_seeds(RunConfig, RUN_TOMLS), mutate_config, read_config(RunConfig)),
+    Reader("transfer-config", transfer_seeds, mutate_config, read_transfer),
+    Reader("resume", fuzz_runs.resume_seeds, fuzz_runs.mutate_resume, fuzz_runs.read_resume),
+    Reader("report", fuzz_runs.report_seeds, fuzz_runs.mutate_report, fuzz_runs.read_report),
     Reader("record", record_seeds, mutate_record, read_records),
     Reader("list", list_seeds, mutate_list, read_class_list),
     Reader("metrics", metrics_seeds, mutate_metrics, read_metrics),

@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "benchmarks")]
 
 COLUMNS = ("cases", "read", "refused", "crashes", "hangs", "other", "seconds")
-NAMES = ("beton", "votes", "subset", "scores", "checkpoint", "train-config", "run-config", "record", "list", "metrics",
-         "info")  # fmt: skip
+NAMES = ("beton", "votes", "subset", "scores", "checkpoint", "train-config", "run-config", "transfer-config",
+         "resume", "report", "record", "list", "metrics", "info")  # fmt: skip
 
 
 def main() -> int:
