@@ -52,6 +52,46 @@ def test_odd_paths(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
     refused_in_one_line(place, source, config, capsys)
 
 
+@pytest.mark.slow
+def test_odd_paths_of_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vote, compact, transfer, run and report, in folders of that name."""
+    name = f"{ODD[0]} {ODD[1]} {ODD[3]} \x7f"
+    place = tmp_path / name
+    for split, per_class in (("train", 8), ("test", 4)):
+        for label, class_name in enumerate(CLASSES):
+            folder = place / split / class_name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = np.random.default_rng([label, i]).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    small = {"epochs": 1, "peak_epoch": 0, "batch_size": 4, "resolution": 32, "val_resolution": 32}
+    table = {"model": {"arch": "resnet_tiny"}, "train": small}
+    config = {
+        "source": {"train": str(place / "train")}, "arms": ["lm@0.5", "fm@0.5"], "compact": True, "surrogate": table,
+        "pretrain": table, "transfer": {"lp": small}, "engine": {"device": "cpu"}, "log": {"tensorboard": False},
+        "targets": {"pets": {"train": str(place / "train"), "test": str(place / "test")}},
+    }  # fmt: skip
+    (place / f"{name}.json").write_text(json.dumps(config))
+    out = place / f"run {name}"
+    assert run("run", "--config", place / f"{name}.json", "--out", out) == 0
+    result = json.loads(next((out / "transfer").glob("*.json")).read_text())
+    assert 0 <= result["top1"] <= 1 and (out / "report.html").stat().st_size > 10_000
+    source, target, votes = (
+        out / "data" / "source-train.beton",
+        out / "data" / "pets-train.beton",
+        place / f"{name}.npz",
+    )
+    assert run("vote", "--method", "lm", "--surrogate", out / "surrogate", "--target", target, "--out", votes) == 0
+    subset = place / f"subset {name}.npz"
+    assert run("prune", "--source", source, "--votes", votes, "--keep", 0.5, "--out", subset) == 0
+    assert run("compact", "--source", source, "--subset", subset, "--out", place / f"small {name}.beton") == 0
+    assert run("report", out) == run("info", out) == 0
+    capsys.readouterr()
+    assert run("vote", "--method", "lm", "--surrogate", place / "no\nne", "--target", target, "--out", votes) == 2
+    error = capsys.readouterr().err
+    assert error[:-1].isprintable() and error.startswith("dp4tl: error: ")
+
+
 def refused_in_one_line(place: Path, source: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Errors that name these paths take one printable line, whatever is in the paths."""
     gone, broken = place / "none\n.beton", place / "images" / CLASSES[0] / "broken\n.png"

@@ -150,7 +150,12 @@ def gathered(world: World, spoil: str) -> str | list[list[float]]:
     cuts = {1: [0, 17], 2: [0, 5, 17], 3: [0, 5, 17, 17]}[world.num_ranks]
     mine = order[cuts[world.rank] : cuts[world.rank + 1]]
     if spoil and world.is_main:
-        mine = {"missing": mine[1:], "double": np.append(mine, mine[:1]), "outside": mine, "twice": np.append(mine[1:], mine[1])}[spoil]
+        mine = {
+            "missing": mine[1:],
+            "double": np.append(mine, mine[:1]),
+            "outside": mine,
+            "twice": np.append(mine[1:], mine[1]),
+        }[spoil]
     values = rows[mine]
     if spoil == "outside" and world.is_main:
         mine = np.append(mine[1:], 17)
