@@ -16,6 +16,7 @@ from dp4tl_dist.config import (
     Table,
     TaskConfig,
 )
+from dp4tl_dist.slurm_config import SlurmConfig
 
 ARM = re.compile(r"(?P<method>[a-z-]+)@(?P<keep>[0-9.]+|auto)(?P<options>(\+[A-Za-z0-9_.-]+)*)")
 AUTO = "auto"
@@ -127,6 +128,8 @@ class RunConfig(Table):
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    """What launch/submit.py asks a cluster for. It does not change what a stage makes."""
 
     @field_validator("arms")
     @classmethod

@@ -24,9 +24,9 @@ LEVELS = (
     ("prune",),
     ("schedule", "train"),
     ("transfer",),
-    ("run_config", "stage", "arms", "stages"),
+    ("slurm_config", "run_config", "stage", "arms", "stages"),
     ("report",),
-    ("launcher", "table", "info", "doctor", "pipeline", "advise"),
+    ("launcher", "records", "table", "info", "doctor", "pipeline", "advise"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),
 )

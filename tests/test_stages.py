@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from data_factory import make_beton
 
-from dp4tl_dist import pipeline
+from dp4tl_dist import pipeline, records
 from dp4tl_dist.config import TrainConfig, validate
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import save_npz, write_json
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.slurm_config import SlurmConfig, minutes
 from dp4tl_dist.stages import Graph
 
 OUT = Path("runs/x")
@@ -266,7 +267,7 @@ def small(**content: Any) -> RunConfig:
 def made(out: str = "out", **content: Any) -> list[str]:
     """The stages that a run carries out; what a dry run had announced is checked against it."""
     Made.names = []
-    planned = [stage.name for stage, why in pipeline.plan(Graph(small(**content), Path(out))) if why != "skip"]
+    planned = [stage.name for stage, why in records.plan(Graph(small(**content), Path(out))) if why != "skip"]
     pipeline.run(small(**content), out=Path(out))
     assert set(Made.names) <= set(planned)
     return Made.names
@@ -332,11 +333,11 @@ def test_a_changed_image_folder_is_noticed(place: Path) -> None:
     images.mkdir(parents=True)
     (images / "1.png").write_bytes(b"1")
     stage = Graph(small(source={"train": "images/"}), Path("out")).stages["write-source-train"]
-    digests = [pipeline.content_digest(place / "images")]
+    digests = [records.content_digest(place / "images")]
     (images / "1.png").write_bytes(b"12")
-    digests.append(pipeline.content_digest(place / "images"))
+    digests.append(records.content_digest(place / "images"))
     (images / "2.png").touch()
-    digests.append(pipeline.content_digest(place / "images"))
+    digests.append(records.content_digest(place / "images"))
     assert len(set(digests)) == 3 and stage.inputs == (Path("images"),)
 
 
@@ -356,7 +357,7 @@ def test_cut_off_between_an_output_and_its_record(place: Path, name: str, monkey
     monkeypatch.setattr(Made, "fail_after", name)
     with pytest.raises(RuntimeError, match="cut off"):
         made()
-    reasons = {stage.name: why for stage, why in pipeline.plan(Graph(small(), Path("out")))}
+    reasons = {stage.name: why for stage, why in records.plan(Graph(small(), Path("out")))}
     assert reasons[name] == "resume"
     monkeypatch.setattr(Made, "fail_after", "")
     assert made()[0] == name
@@ -368,3 +369,31 @@ def test_records_tell_what_was_done(place: Path) -> None:
     record = json.loads((place / "out" / "stages" / "prune-lm@0.5-t.json").read_text())
     assert record["status"] == "done" and record["argv"][0] == "prune" and record["seconds"] >= 0
     assert json.loads((place / "out" / "config.json").read_text()) == small().model_dump(mode="json")
+
+
+# ---------------------------------------------------------------- what a cluster is asked for
+
+
+def test_resources_of_stages_are_overridden_by_kind_name_and_pattern() -> None:
+    slurm = SlurmConfig.model_validate(
+        {"nodes": 2, "gpus": 4, "partition": "main", "extras": {"exclusive": True}, "stages": {
+            "pretrain": {"time": "1-00:00:00", "extras": {"mail-type": "FAIL"}},
+            "pretrain-dense*": {"nodes": 8},
+            "write": {"cpus": 16},
+        }}
+    )  # fmt: skip
+    dense = slurm.resources("pretrain-dense-s0", distributed=True, nproc=3)
+    assert (dense.nodes, dense.tasks, dense.gpus, dense.time) == (8, 4, 4, "1-00:00:00")
+    assert dense.extras == {"exclusive": True, "mail-type": "FAIL"}
+    other = slurm.resources("pretrain-lm@0.5-small-s0", distributed=True, nproc=3)
+    assert (other.nodes, other.partition, other.max_restarts) == (2, "main", 20)
+    write = slurm.resources("write-source-train", distributed=False, nproc=3)
+    assert (write.nodes, write.tasks, write.gpus, write.cpus, write.time) == (1, 1, 0, 16, "4:00:00")
+    assert SlurmConfig().resources("vote-lm-small", distributed=True, nproc=3).tasks == 3
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"), [("90", 90), ("0:30:00", 30), ("1-02:03:04", 1564), ("10:00", 0), ("later", 0), ("1:2", 0)]
+)
+def test_time_limits(time: str, expected: int) -> None:
+    assert minutes(time) == expected

@@ -20,12 +20,12 @@ from dp4tl_dist.data.subset import Subset, load_subset, save_subset
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.info import describe, render
 from dp4tl_dist.log import Metrics, read_jsonl, truncate_jsonl
-from dp4tl_dist.pipeline import newest_meta, read_record
 from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores, save_scores
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
 from dp4tl_dist.recipes import TransferConfig, recipe
+from dp4tl_dist.records import newest_meta, read_record
 from dp4tl_dist.run_config import RunConfig
 
 Files = dict[str, bytes]
