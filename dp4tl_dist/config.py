@@ -21,9 +21,9 @@ from dp4tl_dist.config_file import (
 )
 
 __all__ = [
-    "MAX_TOML_BYTES", "PRESETS", "CheckpointConfig", "Count", "DataConfig", "EngineConfig", "LogConfig", "Model",
-    "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table", "TaskConfig", "TrainConfig",
-    "apply_overrides", "find_config", "load_config", "read_toml", "validate",
+    "MAX_TOML_BYTES", "PRESETS", "AdversarialConfig", "CheckpointConfig", "Count", "DataConfig", "EngineConfig",
+    "LogConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table",
+    "TaskConfig", "TrainConfig", "apply_overrides", "find_config", "load_config", "read_toml", "validate",
 ]  # fmt: skip
 
 
@@ -63,10 +63,26 @@ class ModelConfig(Table):
     """A checkpoint folder to start from; empty for a random start."""
 
 
+class AdversarialConfig(Table):
+    """The L-infinity attack of adversarial training. Lengths are shares of the pixel range: 3/255 is 0.01176."""
+
+    eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 3 / 255
+    """Radius of the ball about each image."""
+    steps: Count = 3
+    step_size: NotNegative = 0.0
+    """0: 2 eps / 3, and with fast = "fgsm" 1.25 eps."""
+    random_start: bool = True
+    fast: Literal["none", "fgsm"] = "none"
+    """"fgsm": a single step, for two passes a batch instead of 1 + steps."""
+    robust_val: bool = True
+    """Validation reports accuracy under PGD-10 of the same radius, too."""
+
+
 class TaskConfig(Table):
     """What is learnt."""
 
-    kind: Literal["supervised"] = "supervised"
+    kind: Literal["supervised", "adversarial"] = "supervised"
+    adversarial: AdversarialConfig = AdversarialConfig()
 
 
 class OptimConfig(Table):

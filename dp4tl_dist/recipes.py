@@ -30,6 +30,10 @@ class TransferConfig(Table):
     """Share of the target's training set that chooses the epoch, drawn class by class."""
     cached: bool = False
     """Linear probe on features of the centre view, computed once."""
+    robust: bool = False
+    """The test also tells accuracy under attack (PGD-10, L-infinity)."""
+    eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 3 / 255
+    """The attack's radius as a share of the pixel range."""
     num_workers: Count | Literal[0] = 0
     train: OptimConfig
     engine: EngineConfig = EngineConfig()

@@ -99,6 +99,8 @@ class TransferStage(Table):
     modes: tuple[Literal["lp", "ff"], ...] = ("lp",)
     cached: bool = False
     """Linear probes on features computed once."""
+    robust: bool = False
+    """Also accuracy under attack (PGD-10, L-infinity, 3/255)."""
     val_share: Share = 0.1
     lp: dict[str, Setting] = {}
     ff: dict[str, Setting] = {}

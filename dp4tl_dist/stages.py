@@ -114,6 +114,7 @@ class Graph:
             "seed": seed,
             "val_share": table.val_share,
             "cached": table.cached and mode == "lp",
+            "robust": table.robust,
             "train": {**RECIPES[mode], **overrides},
             "engine": self.config.engine.model_dump(mode="json"),
         }

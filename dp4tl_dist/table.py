@@ -1,7 +1,6 @@
 """What a run found, as rows: one for each arm and target, over the seeds."""
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,14 @@ def row_of(graph: Graph, arm: str, target: str, trials: list[Trial]) -> dict[str
     def seconds(stage: str) -> float:
         return float(read_json(graph.out / "stages" / f"{stage}.json")["seconds"])
 
-    accuracy = {}
-    for mode in graph.config.transfer.modes:
-        values = [100 * read_json(graph.stages[trial.transfers[mode]].output)["top1"] for trial in trials]
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
-        accuracy[mode] = {"mean": statistics.fmean(values), "std": None if math.isnan(std) else std, "values": values}
+    def accuracies(key: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for mode in graph.config.transfer.modes:
+            values = [100 * read_json(graph.stages[trial.transfers[mode]].output)[key] for trial in trials]
+            std = statistics.stdev(values) if len(values) > 1 else None
+            found[mode] = {"mean": statistics.fmean(values), "std": std, "values": values}
+        return found
+
     pretrain = statistics.fmean(seconds(trial.pretrain) for trial in trials)
     selection = statistics.fmean(sum(seconds(stage) for stage in trial.selection) for trial in trials)
     return {
@@ -47,7 +49,8 @@ def row_of(graph: Graph, arm: str, target: str, trials: list[Trial]) -> dict[str
         "pretrain_s": pretrain,
         "selection_s": selection,
         "total_s": pretrain + selection,
-        "accuracy": accuracy,
+        "accuracy": accuracies("top1"),
+        **({"robust": accuracies("robust_top1")} if graph.config.transfer.robust else {}),
     }
 
 
@@ -66,17 +69,17 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    modes = list(rows[0]["accuracy"])
+    shown = [(key, mode) for key in ("accuracy", "robust") for mode in rows[0].get(key, ())]
     table = Table(title=f"{out.name}: target accuracy and time to the pretrained model")
     table.add_column("target")
     table.add_column("arm")
-    for header in ("source samples", "pretrain", "total*", "speed-up", *(f"{mode} top-1 %" for mode in modes)):
+    for header in ("source samples", "pretrain", "total*", "speed-up", *(_header(*item) for item in shown)):
         table.add_column(header, justify="right")
     for row in rows:
         cells = [row["target"], row["arm"], _samples(row["samples"]),
                  f"{row['pretrain_s']:.1f} s", f"{row['total_s']:.1f} s",
                  f"{row['speed_up']:.2f}x" if row["speed_up"] else "-",
-                 *(_accuracy(row["accuracy"][mode]) for mode in modes)]  # fmt: skip
+                 *(_accuracy(row[key][mode]) for key, mode in shown)]  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells))
     seeds = len(rows[0]["seeds"])
     table.caption = (
@@ -87,6 +90,10 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
         Console(file=handle, width=110).print(table)
     Console(width=None if on_terminal() else 110).print(table)
     say(f"results: {out / 'results.txt'}, {out / 'results.json'}")
+
+
+def _header(key: str, mode: str) -> str:
+    return f"{mode} top-1 %" if key == "accuracy" else f"{mode} robust %"
 
 
 def _samples(counts: list[int]) -> str:

@@ -26,12 +26,13 @@ from dp4tl_dist.log import say
 from dp4tl_dist.models import build_model, head_name, normalise, replace_head
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.train import checkpoint
+from dp4tl_dist.train.adversarial import robust_attack
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.source import FeatureSource
 from dp4tl_dist.train.supervised import claimed
-from dp4tl_dist.train.task import LinearProbe, Supervised
+from dp4tl_dist.train.task import LinearProbe, Supervised, Task
 from dp4tl_dist.world import World, gather_rows, on_main
 
 
@@ -100,13 +101,19 @@ def transfer(
     if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
         raise RuntimeError("the linear probe changed its backbone: this is a defect of the tool, please report it")
     view = CentreView(config.train.val_resolution, config.train.val_ratio)
-    score = evaluate(job.task, fit.engine, world, test_split, view)
+    task: Task = job.task
+    if config.robust:
+        # Attacks reach through the whole network, and so ask for pixels also where the probe had features.
+        task = Supervised(module)
+        task.robust = robust_attack(config.eps)
+        test_split = Split(make_loader(target.test, config, world), test_split.kept)
+    score = evaluate(task, fit.engine, world, test_split, view)
     result = summary(config, score, about, target, inputs)
     result["seconds"] = round(time.monotonic() - started, 3)
     if world.is_main:
         write_json(out, result)
         shutil.rmtree(run / "checkpoints")
-        say(f"{out.name}: test top-1 {100 * score.top1:.2f} % (epoch {result['epoch']} of {config.train.epochs})")
+        say(f"{out.name}: test top-1 {score} (epoch {result['epoch']} of {config.train.epochs})")
     return result
 
 
@@ -132,9 +139,8 @@ def make_job(
     config: TransferConfig, module: nn.Module, target: Target, inputs: dict[str, str], run: Path, world: World
 ) -> tuple[Job, Split]:
     """The training job on the target, and the test split. With `cached`, features are the data."""
-    workers = world.num_workers(config.num_workers)
-    loader = BetonLoader(target.train, device=world.device, num_workers=workers)
-    test = Split(BetonLoader(target.test, device=world.device, num_workers=workers), np.arange(target.test.num_samples))
+    loader = make_loader(target.train, config, world)
+    test = Split(make_loader(target.test, config, world), np.arange(target.test.num_samples))
     job = Job(
         out=run,
         task=Supervised(module, label_smoothing=config.train.label_smoothing),
@@ -162,6 +168,10 @@ def make_job(
     head_only = Supervised(module.head, label_smoothing=config.train.label_smoothing)
     job = replace(job, task=head_only, train=Split(features, target.fit), val=Split(features, target.val))
     return job, Split(tested, test.kept)
+
+
+def make_loader(beton: Beton, config: TransferConfig, world: World) -> BetonLoader:
+    return BetonLoader(beton, device=world.device, num_workers=world.num_workers(config.num_workers))
 
 
 def cache_features(probe: LinearProbe, split: Split, beton: Beton, view: CentreView, world: World) -> FeatureSource:
@@ -193,9 +203,7 @@ def summary(
         **make_meta("transfer", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs),
         "mode": "lp" if config.recipe == "lp" else "ff",
         "cached": config.cached,
-        "top1": score.top1,
-        "top5": score.top5,
-        "loss": score.loss,
+        **score.values(),
         "val_top1": chosen["val"]["top1"],
         "epoch": chosen["epoch"],
         "num_train": len(target.fit),

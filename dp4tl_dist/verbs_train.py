@@ -42,6 +42,7 @@ def transfer(verbs: Verbs) -> None:
     parser.add_argument(
         "--cached", action="store_true", help="lp on features computed once: seconds instead of minutes"
     )
+    parser.add_argument("--robust", action="store_true", help="also tell the accuracy under attack (PGD-10, 3/255)")
     add_config(parser, required=False)
     add_out(parser, "the result, a .json file")
 
@@ -52,7 +53,8 @@ def run_transfer(args: argparse.Namespace) -> None:
     from dp4tl_dist.recipes import TransferConfig, recipe
 
     content = read_toml(find_config(args.config)) if args.config else {}
-    content = apply_overrides(content, [*args.set, *(["cached=true"] if args.cached else [])])
+    flags = [f"{name}=true" for name in ("cached", "robust") if getattr(args, name)]
+    content = apply_overrides(content, [*args.set, *flags])
     config = validate(TransferConfig, recipe(args.mode, content), source=args.config or "--set")
     check_output(args.out, force=args.force)
 

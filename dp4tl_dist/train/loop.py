@@ -96,6 +96,7 @@ class Fit:
         epoch = at.step // job.steps_per_epoch
         side, end = job.plan.side(epoch), job.plan.last_step(epoch)
         waited, begun, first = 0.0, time.monotonic(), at.step
+        job.task.epoch = epoch
         with contextlib.closing(self._batches(epoch, side)) as batches:
             while at.step < end:
                 asked = time.monotonic()
@@ -156,7 +157,7 @@ class Fit:
             score = evaluate(job.task, self.engine, self.world, job.val, view, observe=observe)
             if job.losses:
                 job.losses.end_validation(self.world, epoch)
-        self.at.val = None if score is None else {"top1": score.top1, "top5": score.top5, "loss": score.loss}
+        self.at.val = None if score is None else score.values()
         self.at.seconds = time.monotonic() - self.started
         values: dict[str, Any] = {f"val_{name}": value for name, value in (self.at.val or {}).items()}
         if self.skips:
@@ -166,7 +167,7 @@ class Fit:
             self.metrics.write(
                 "epoch", step=self.at.step, epoch=epoch, loss=loss, seconds=round(self.at.seconds, 3), **values
             )
-        shown = f"  val top-1 {100 * score.top1:.2f} %" if score else ""
+        shown = f"  val top-1 {score}" if score else ""
         if last or time.monotonic() - self.said_at >= EPOCH_LINE_EVERY_S:
             self.said_at = time.monotonic()
             self._say(

@@ -19,6 +19,7 @@ from dp4tl_dist.data.subset import load_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, folder_lock
 from dp4tl_dist.models import build_model, check_arch
+from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.job import Job
@@ -104,6 +105,9 @@ def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:
 
 def make_task(config: TrainConfig, model: nn.Module) -> Task:
     """The objective that `task.kind` names, over `model`."""
+    if config.task.kind == "adversarial":
+        smoothing = config.train.label_smoothing
+        return Adversarial(model, config.task.adversarial, seed=config.seed, label_smoothing=smoothing)
     return Supervised(model, label_smoothing=config.train.label_smoothing)
 
 

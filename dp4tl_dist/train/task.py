@@ -19,6 +19,11 @@ class Task(Protocol):
     forward: Callable[[Tensor], Tensor]
     """The module as the engine wrapped it (data parallel, compiled): what the loss must call."""
 
+    epoch: int
+    """Set by the loop before an epoch's first batch, for what a task draws at random."""
+    robust: Callable[[nn.Module, Batch], Tensor] | None
+    """The attack that validation adds, if any: (module, batch) -> attacked images."""
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": scalar mean over the batch, ...}, with gradients."""
         ...
@@ -31,8 +36,10 @@ class Task(Protocol):
 class Supervised:
     """Cross-entropy on the labels. A sample that was left out (label IGNORED) adds nothing to its batch's sum."""
 
+    robust: Callable[[nn.Module, Batch], Tensor] | None = None
+
     def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
-        self.module = module
+        self.module, self.epoch = module, 0
         self.forward: Callable[[Tensor], Tensor] = module
         self.label_smoothing = label_smoothing
         self.watch: Callable[[Batch, Tensor], None] | None = None
@@ -55,7 +62,7 @@ class Supervised:
 
 def inputs_of(batch: Batch) -> Tensor:
     """The network's input: normalised pixels, or cached features (batch, dim) as they are."""
-    return normalise(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+    return normalise(batch.images) if batch.images.dim() == 4 else batch.images
 
 
 class LinearProbe(nn.Module):
@@ -75,7 +82,8 @@ class LinearProbe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) -> (batch, classes)"""
-        with torch.no_grad():
+        # An attack asks for the gradient of the pixels; nothing else does.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             features = self.backbone(images)
         logits: Tensor = self.head(features)
         return logits
