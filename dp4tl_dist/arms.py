@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dp4tl_dist.run_config import AUTO, ArmName, parse_arm
+from dp4tl_dist.arm_name import AUTO, OF_LOSSES, OF_TARGETS, RANDOM, ArmName, parse_arm
 from dp4tl_dist.stage import Stage
 
 if TYPE_CHECKING:
@@ -19,21 +19,33 @@ def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | Non
     selection: list[str] = []
     argv = ["prune", "--source", str(graph.source)]
     inputs = [graph.source]
+
+    def use(option: str, made: list[tuple[Path, str]]) -> None:
+        """Pass files on, which stages made with a surrogate."""
+        argv.extend([option, *(str(path) for path, _ in made)])
+        inputs.extend(path for path, _ in made)
+        selection.extend(name for path, surrogate in made for name in (surrogate, path.stem) if name not in selection)
+
     if found.is_random:
-        argv += ["--random", "samples" if found.method == "random-samples" else "classes", "--seed", str(seed)]
-    else:
-        votes, surrogate = _vote(graph, found, target)
-        selection += [surrogate, votes.stem]
-        argv += ["--votes", str(votes), *(["--reverse"] if found.method.endswith("-reverse") else [])]
-        inputs.append(votes)
+        argv += ["--random", RANDOM[found.method], "--seed", str(seed)]
+    targets = list(graph.targets) if found.is_joint else [target]
+    if found.votes:
+        use("--votes", [_vote(graph, found, each) for each in targets])
+        argv += _together(graph) if found.is_joint else []
+    for method in found.scores:
+        use("--scores", [_score(graph, found, method, targets)])
+    argv += ["--reverse"] if found.is_reverse else []
     leader = graph.config.leader(found) if found.is_random and found.keep == AUTO else None
+    keep, inside = found.shares
     if leader:
         like, _ = select(graph, leader, target, seed)
         assert like is not None
         argv += ["--like", str(like)]
         inputs.append(like)
     else:
-        argv += ["--keep", found.keep]
+        argv += ["--keep", keep]
+    argv += ["--within-class", f"{found.within}:{inside}"] if found.within else []
+    argv += ["--seed", str(seed)] if found.of_chance and not found.is_random else []
     output = graph.out / "subsets" / f"{name.removeprefix('prune-')}.npz"
     also: tuple[Path, ...] = ()
     if graph.source_val:
@@ -45,16 +57,33 @@ def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | Non
 
 
 def whose(arm: ArmName, target: str, seed: int) -> list[str]:
-    """Whose choice an arm's subset is: one a target, or one a seed where chance decides; both at a target's size."""
-    return [*([] if arm.is_random and arm.keep != AUTO else [target]), *([f"s{seed}"] if arm.is_random else [])]
+    """Whose choice it is: a target's where the arm looks at one or has its size, a seed's where chance decides."""
+    at_a_targets_size = arm.is_random and arm.keep == AUTO
+    return [*([target] if arm.of_target or at_a_targets_size else []), *([f"s{seed}"] if arm.of_chance else [])]
+
+
+def _together(graph: "Graph") -> list[str]:
+    """How the votes of all targets count in a joint arm."""
+    weights = [table.weight for table in graph.config.targets.values()]
+    told = ["--weights", ",".join(f"{weight:g}" for weight in weights)] if len(set(weights)) > 1 else []
+    return ["--combine", graph.config.combine, *told]
+
+
+def _surrogate(graph: "Graph", arm: ArmName) -> tuple[Path, str]:
+    """The surrogate of an arm, and the name of the stage that trains it."""
+    seed = graph.config.seeds[0]
+    table = graph.config.surrogates[arm.surrogate] if arm.surrogate else graph.config.surrogate
+    name = "surrogate" + (f"-{arm.surrogate}" if arm.surrogate else "")
+    others = [other for text in graph.config.arms if (other := parse_arm(text)) and other.surrogate == arm.surrogate]
+    logs_losses = any(method in OF_LOSSES for other in others for method in other.scores)
+    source, val = graph.source, graph.source_val
+    return graph.train(name, table, source, val, None, None, seed, losses=logs_losses), name
 
 
 def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, str]:
     """The votes of an arm on a target, and the name of the stage that trains its surrogate."""
-    seed, method = graph.config.seeds[0], arm.method.removesuffix("-reverse")
-    table = graph.config.surrogates[arm.surrogate] if arm.surrogate else graph.config.surrogate
-    name = "surrogate" + (f"-{arm.surrogate}" if arm.surrogate else "")
-    surrogate = graph.train(name, table, graph.source, graph.source_val, None, None, seed)
+    surrogate, name = _surrogate(graph, arm)
+    method = arm.base
     by = f"{method}+{arm.surrogate}" if arm.surrogate else method
     output = graph.out / "votes" / f"vote-{by}-{target}.npz"
     train = graph.targets[target][0]
@@ -64,4 +93,18 @@ def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, str]:
         argv += ["--source", str(graph.source)]
         inputs.append(graph.source)
     graph.add(Stage(output.stem, tuple(argv), tuple(inputs), output, distributed=True))
+    return output, name
+
+
+def _score(graph: "Graph", arm: ArmName, method: str, targets: list[str]) -> tuple[Path, str]:
+    """The scores that an arm chooses samples by, and the name of the stage that trains its surrogate."""
+    surrogate, name = _surrogate(graph, arm)
+    by = f"{method}+{arm.surrogate}" if arm.surrogate else method
+    wanted = targets if method in OF_TARGETS else []
+    whose = ["joint"] if arm.is_joint and wanted else wanted
+    output = graph.out / "scores" / f"{'-'.join(['score', by, *whose])}.npz"
+    inputs = [surrogate, graph.source, *(graph.targets[each][0] for each in wanted)]
+    argv = ["score", "--method", method, "--surrogate", str(surrogate), "--source", str(graph.source)]
+    argv += [part for each in wanted for part in ("--target", str(graph.targets[each][0]))]
+    graph.add(Stage(output.stem, (*argv, "--out", str(output)), tuple(inputs), output, distributed=True))
     return output, name

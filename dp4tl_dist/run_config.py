@@ -1,10 +1,11 @@
 """The config of a whole run: what `dp4tl run` and the cluster launcher carry out."""
 
 import re
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dp4tl_dist.arm_name import AUTO, METHODS, STEPS, ArmName, fault, parse_arm
 from dp4tl_dist.config import (
     CheckpointConfig,
     Count,
@@ -12,50 +13,18 @@ from dp4tl_dist.config import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    Positive,
     Share,
     Table,
     TaskConfig,
 )
 from dp4tl_dist.slurm_config import SlurmConfig
 
-ARM = re.compile(r"(?P<method>[a-z-]+)@(?P<keep>[0-9.]+|auto)(?P<options>(\+[A-Za-z0-9_.-]+)*)")
-AUTO = "auto"
-STEPS = "steps"
-METHODS = ("lm", "fm", "lm-reverse", "fm-reverse", "random", "random-samples")
+__all__ = ["AUTO", "METHODS", "STEPS", "ArmName", "RunConfig", "StageTrain", "TargetConfig", "parse_arm"]
+
 SYNTHETIC = "synthetic:"
 Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-class ArmName(NamedTuple):
-    """What an arm's name METHOD@KEEP[+SURROGATE][+steps] says."""
-
-    method: str
-    keep: str
-    """A share, or "auto": what `prune --keep auto` makes of the votes."""
-    surrogate: str = ""
-    """A name from `RunConfig.surrogates`; empty for `RunConfig.surrogate`."""
-    steps: bool = False
-    """Train as many steps as dense does, not as many epochs."""
-
-    @property
-    def is_random(self) -> bool:
-        return self.method.startswith("random")
-
-    @property
-    def chosen(self) -> str:
-        """What names the choice of samples: arms that differ in their steps alone share it."""
-        return f"{self.method}@{self.keep}" + (f"+{self.surrogate}" if self.surrogate else "")
-
-
-def parse_arm(name: str) -> ArmName | None:
-    """The parts of an arm's name; None for one without an "@", like dense, and for one that is malformed."""
-    found = ARM.fullmatch(name)
-    options = found["options"].split("+")[1:] if found else []
-    surrogates = [option for option in options if option != STEPS]
-    if not found or len(surrogates) > 1 or options.count(STEPS) > 1:
-        return None
-    return ArmName(found["method"], found["keep"], "".join(surrogates), STEPS in options)
 
 
 class SourceConfig(Table):
@@ -70,6 +39,8 @@ class TargetConfig(Table):
 
     train: str
     test: str
+    weight: Positive = 1.0
+    """What its votes count in a joint arm."""
 
 
 class WriteConfig(Table):
@@ -112,15 +83,16 @@ class RunConfig(Table):
     source: SourceConfig
     targets: dict[str, TargetConfig]
     arms: tuple[str, ...] = ("dense", "lm@0.5", "random@0.5")
-    """"dense", or METHOD@KEEP[+SURROGATE][+steps]: a method of `METHODS`, the share of the classes to keep or "auto",
-    a name from `surrogates`, and "steps" to train as many steps as dense. random@auto keeps as many classes as the
-    first other arm at auto."""
+    """"dense", or METHOD[+WITHIN[:SHARE]]@KEEP[+SURROGATE][+steps]; see `dp4tl_dist.arm_name`. random@auto keeps as
+    many classes as the first other arm at auto."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """Each arm is pretrained and transferred once for every seed. The surrogate takes the first."""
     nproc: Count = 1
     """Ranks of each training, voting and transfer stage."""
     compact: bool = False
     """Copy each arm's samples into a file of its own, instead of reading the full one by index."""
+    combine: Literal["normalised", "max", "counts", "sum"] = "normalised"
+    """How the votes of several targets count together in a joint arm; see `dp4tl prune --combine`."""
     write: WriteConfig = WriteConfig()
     surrogate: StageTrain = StageTrain()
     surrogates: dict[str, StageTrain] = {}
@@ -137,12 +109,8 @@ class RunConfig(Table):
     @classmethod
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            found = parse_arm(arm)
-            known = found and found.method in METHODS and (found.keep == AUTO or _is_share(found.keep))
-            if arm != "dense" and not known:
-                raise ValueError(
-                    f'{arm!r} is not "dense" or METHOD@KEEP with one of {", ".join(METHODS)} and 0 < KEEP <= 1 or auto'
-                )
+            if wrong := fault(arm):
+                raise ValueError(wrong)
         if not arms or len(set(arms)) != len(arms):
             raise ValueError("at least one arm, and none twice")
         return arms
@@ -174,7 +142,7 @@ class RunConfig(Table):
         """The first arm that votes for its own size, by the same surrogate: a random arm at auto is as large."""
         for name in self.arms:
             other = parse_arm(name)
-            if other and other.keep == AUTO and not other.is_random and other.surrogate == arm.surrogate:
+            if other and other.keep == AUTO and other.votes and other.surrogate == arm.surrogate:
                 return name
         return None
 
@@ -196,7 +164,3 @@ class RunConfig(Table):
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a target: use letters, digits, '_', '-' and '.'")
         return targets
-
-
-def _is_share(text: str) -> bool:
-    return bool(re.fullmatch(r"0?\.[0-9]+|1(\.0*)?", text)) and float(text) > 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dp4tl_dist.arms import select, whose
 from dp4tl_dist.config import OptimConfig
+from dp4tl_dist.data.losses import NAME as LOSSES
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.recipes import RECIPES
 from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain, parse_arm
@@ -59,6 +60,7 @@ class Graph:
         val_subset: Path | None,
         seed: int,
         steps_of: Path | None = None,
+        losses: bool = False,
     ) -> Path:
         output = self.out / name.replace("pretrain-", "pretrain/", 1)
         paths = {"train": train, "val": val, "subset": subset, "val_subset": val_subset, "steps_of": steps_of}
@@ -71,9 +73,11 @@ class Graph:
             **{key: getattr(table, key).model_dump(mode="json") for key in ("model", "task", "train")},
             **{key: getattr(self.config, key).model_dump(mode="json") for key in ("engine", "log", "checkpoint")},
         }
+        config["log"]["sample_losses"] = self.config.log.sample_losses or losses
+        also = (output / LOSSES,) if losses else ()
         inputs = tuple(path for path in paths.values() if path)
         argv = ("train", "--config", str(self.config_path(name)), "--out", str(output))
-        return self.add(Stage(name, argv, inputs, output, distributed=True, config=config))
+        return self.add(Stage(name, argv, inputs, output, distributed=True, config=config, also=also))
 
     def config_path(self, name: str) -> Path:
         """Where the runner writes a stage's config."""

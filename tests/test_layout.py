@@ -24,7 +24,7 @@ LEVELS = (
     ("prune",),
     ("schedule", "train"),
     ("transfer",),
-    ("slurm_config", "run_config", "stage", "arms", "stages"),
+    ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages"),
     ("report",),
     ("launcher", "records", "table", "info", "doctor", "pipeline", "advise"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),

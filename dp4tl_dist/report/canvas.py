@@ -17,15 +17,30 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dp4tl_dist.arm_name import base_of
+
 # Each colour is drawn as the value here and then replaced by the CSS variable of its name (see page.css). The methods'
 # are those of Okabe and Ito, which colour-blind readers tell apart; markers and dashes say the same a second time.
 COLOURS = {
     "ink": "#1b1f24", "muted": "#5f6873", "grid": "#dfe3e8", "paper": "#fdfefe",
     "lm": "#0072b2", "fm": "#009e73", "random": "#d55e00", "random-samples": "#e69f00",
+    "random-balanced": "#a85c2c", "el2n": "#8c564b", "grand": "#b3324f", "moderate": "#6b7d00", "herding": "#17858f",
+    "k-centre": "#3f8f3a", "retrieval": "#c2449b", "forgetting": "#8a6fd1", "cld": "#4e6a8c",
     "lm-reverse": "#56b4e9", "fm-reverse": "#cc79a7", "pruned": "#b9c0c8",
     "surrogate": "#7d5fb2", "voting": "#e3c23b", "pretraining": "#3d4f66", "transfer": "#a9b6c4",
 }  # fmt: skip
-C = {**COLOURS, "dense": COLOURS["ink"]}
+
+
+class ByMethod(dict[str, str]):
+    """What methods look like; a variant (lm-joint, lm+moderate) looks like its method."""
+
+    def __missing__(self, kind: str) -> str:
+        if base_of(kind) == kind:
+            raise KeyError(kind)
+        return self[base_of(kind)]
+
+
+C = ByMethod({**COLOURS, "dense": COLOURS["ink"]})
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
     "text.color": C["ink"], "axes.labelcolor": C["muted"], "axes.edgecolor": C["muted"], "axes.linewidth": 0.7,

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 
+from dp4tl_dist.arm_name import RANDOM
 from dp4tl_dist.data.beton import Beton, sidecar
 from dp4tl_dist.files import read_json
 from dp4tl_dist.report.collect import Run
@@ -27,7 +28,7 @@ def caveats(run: Run) -> Iterator[tuple[str, str]]:
             yield stage, f"waited for data {100 * share:.0f} % of the time: more cores or num_workers would help"
         yield from ((stage, text) for text in _logged_warnings(run, stage))
     methods = {arm.method for arm in run.arms}
-    if len(run.config.arms) > 1 and not methods & {"random", "random-samples"}:
+    if len(run.config.arms) > 1 and not methods & RANDOM.keys():
         yield "arms", "there is no random arm: without one of the same size, no gain can be told from chance"
     if len(run.config.seeds) == 1:
         yield "seeds", "one seed only: small differences between arms may be chance"

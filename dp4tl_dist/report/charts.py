@@ -10,13 +10,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from dp4tl_dist.report.canvas import SMALL, C, canvas
+from dp4tl_dist.report.canvas import SMALL, ByMethod, C, canvas
 from dp4tl_dist.report.collect import PARTS, Arm, Metrics, mean_std, thin
 from dp4tl_dist.report.selection import Selection
 
-MARKERS = {
+MARKERS = ByMethod({
     "dense": "D", "lm": "o", "fm": "s", "random": "X", "random-samples": "P", "lm-reverse": "v", "fm-reverse": "^",
-}  # fmt: skip
+    "random-balanced": "h", "el2n": "<", "grand": ">", "moderate": "p", "herding": "H", "k-centre": "*",
+    "retrieval": "d", "forgetting": "8", "cld": "1",
+})  # fmt: skip
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MANY_CLASSES = 80
 POINTS = 240

@@ -141,7 +141,7 @@ class Run:
         if not counts:
             said = [self.metas[trial.pretrain].get("num_samples") for trial in trials]
             counts = [value for value in said if isinstance(value, int) and 0 < value < 1 << 62]
-        method, keep = (found.method, self._share_kept(found.keep, trials)) if found else (name, 1.0)
+        method, keep = (found.kind, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
         return Arm(name, method, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None)
 
@@ -192,7 +192,7 @@ def meta_of(stage: Stage) -> Any:
     if verb == "transfer":
         return read_json(path)
     if path.suffix == ".npz":
-        return load_npz(path, "votes" if verb == "vote" else "subset")[1]
+        return load_npz(path, {"vote": "votes", "score": "scores", "cluster": "clusters"}.get(verb, "subset"))[1]
     return read_json(sidecar(path))["meta"]
 
 

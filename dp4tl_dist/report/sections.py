@@ -78,7 +78,7 @@ def sentences(run: Run) -> Iterator[str]:
     """What the run found, in words: one sentence for each arm that a surrogate chose."""
     missing = []
     for arm in run.arms:
-        if arm.method not in ("lm", "fm"):
+        if arm.method not in ("lm", "fm", "lm-joint", "fm-joint"):
             continue
         for mode, values in arm.accuracy.items():
             if not values:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dp4tl_dist.arm_name import base_of
 from dp4tl_dist.data.beton import JPEG, Beton
 from dp4tl_dist.prune.select import rank_groups
 from dp4tl_dist.prune.votes_file import Votes, load_votes
@@ -117,7 +118,7 @@ def selections(run: Run) -> Iterator[Selection]:
     thumbs = Thumbs(run)
     source = run.betons.get("source")
     for target in run.config.targets:
-        methods = dict.fromkeys(arm.method.removesuffix("-reverse") for arm in run.arms)
+        methods = dict.fromkeys(base_of(arm.method) for arm in run.arms)
         for method in methods:
             path = run.out / "votes" / f"vote-{method}-{target}.npz"
             if not path.is_file():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dp4tl_dist.arm_name import RANDOM
 from dp4tl_dist.report.collect import PARTS, Arm, Metrics, Run, mean_std, thin
 from dp4tl_dist.report.selection import Selection
 
@@ -77,7 +78,7 @@ def results(run: Run) -> Table:
 
 def peer(run: Run, arm: Arm, method: str) -> Arm | None:
     """The dense arm, or the random arm of the same size, on the same target; never the arm itself."""
-    methods = ("random", "random-samples") if method == "random" else (method,)
+    methods = tuple(RANDOM) if method == "random" else (method,)
     found = [other for other in run.arms if other.target == arm.target and other.method in methods]
     same = [other for other in found if method == "dense" or other.keep == arm.keep]
     return next((other for other in same if other is not arm), None)
