@@ -68,6 +68,7 @@ class Bench:
         self.name, self.arguments = name, arguments
         self.comparisons: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        self.kept: dict[str, Any] = {}
         self.load_at_start = os.getloadavg()
 
     def compare(
@@ -103,6 +104,21 @@ class Bench:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         self.skipped[name] = reason
 
+    def keep(self, name: str, value: Any) -> None:
+        """Put `value`, of plain JSON types, into the record."""
+        self.kept[name] = value
+
+    def report(self, title: str, rows: Sequence[Mapping[str, str]], notes: Sequence[str]) -> None:
+        """Print a table of another form than a comparison's; its numbers go into the record by `keep`."""
+        if self.arguments.json:
+            return
+        table = Table(title=title, title_justify="left")
+        for name in rows[0]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row.values())
+        _print(table, notes)
+
     def finish(self) -> None:
         """Print the JSON if that was asked for, and write the record if that was."""
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -118,6 +134,7 @@ class Bench:
             "source_hash": source_hash(Path(sys.argv[0])),
             "comparisons": self.comparisons,
             "skipped": self.skipped,
+            **self.kept,
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         if self.arguments.json:
@@ -167,14 +184,16 @@ def _show(found: dict[str, Any], *, peers: bool) -> None:
         spread = f"{_time(row['min'])} .. {_time(row['max'])}"
         more = (_fact(row["facts"].get(name, "")) for name in facts)
         table.add_row(row["name"], _time(row["median"]), spread, _count(row["items_per_second"]), *compared, *more)
-    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, highlight=False)
+    notes = [f"{found['runs']} runs in turns after {found['warmup']} of warm-up"]
+    notes += [f"{row['name']}: {row['note']}" for row in found["rows"] if row["note"]]
+    _print(table, [*notes, *([f"aim: {found['aim']}"] if found["aim"] else [])])
+
+
+def _print(table: Table, notes: Sequence[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"  {found['runs']} runs in turns after {found['warmup']} of warm-up")
-    for row in found["rows"]:
-        if row["note"]:
-            console.print(f"  {row['name']}: {row['note']}", markup=False)
-    if found["aim"]:
-        console.print(f"  aim: {found['aim']}", markup=False)
+    for note in notes:
+        console.print(f"  {note}", markup=False)
     console.print()
 
 

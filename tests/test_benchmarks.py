@@ -84,6 +84,21 @@ def test_train_step_refuses_what_it_does_not_know(root: Path):
     assert done.returncode == 2 and "ARCH@SIDExBATCH" in done.stderr
 
 
+def test_speedup(root: Path, images: Path):
+    few = {"batch_size": 2, "epochs": 1, "resolution": 16, "peak_epoch": 0.5, "val_resolution": 16}
+    sets = [f"--set={table}.train.{key}={value}" for table in ("pretrain", "surrogate", "reference")
+            for key, value in few.items()]  # fmt: skip
+    data = ["--source", str(images), "--target", str(images), "--set=pretrain.model.arch=resnet_tiny"]
+    content = result(root, "speedup.py", *data, *sets, "--ratios", "50", "--device", "cpu")
+    dense, half = content["ratios"]
+    assert (dense["ratio"], dense["samples"]) == (0, 8) and (half["ratio"], half["samples"]) == (50, 4)
+    assert dense["speed_up"] == 1 and dense["surrogate_s"] == dense["voting_s"] == 0
+    assert half["total_s"] == half["surrogate_s"] + half["voting_s"] + half["pretrain_s"]
+    assert half["speed_up"] == dense["pretrain_s"] / half["total_s"] and half["agreement"] in (0, 1)
+    assert half["pretrain"]["n"] == 2 and half["epoch"]["n"] == 2
+    assert half["reference_s"] > 0 and content["surrogates"]["reference"]["samples"] == 8
+
+
 def test_compact(root: Path, images: Path):
     content = result(root, "compact.py", "--images", str(images), "--samples", "20")
     check(content, cases=[["compact", "write", "copy"]])
