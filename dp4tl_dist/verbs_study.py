@@ -1,4 +1,4 @@
-"""The verbs that study a choice before and after it is paid for: advise. What a verb needs is imported when it runs."""
+"""The verbs that study choices: advise, sweep. What a verb needs is imported only when it runs."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dp4tl_dist.arguments import Verbs, add_verb
+from dp4tl_dist.arguments import Verbs, add_config, add_verb
 
 
 def advise(verbs: Verbs) -> None:
@@ -87,3 +87,26 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"* at {costs['speed']['images_per_s']:.0f} images/s, with the selection ({known})")
     lines.append(f"suggested: keep {suggestion['keep']:.3g} ({suggestion['classes']} classes): {suggestion['reason']}")
     return "\n".join(lines)
+
+
+def sweep(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "sweep", run_sweep, "Run every combination of methods, sizes, surrogates and more.")
+    add_config(parser, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--nproc", type=int, help="ranks of each training, voting and transfer stage")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would run")
+    parser.add_argument("--tables", action="store_true", help="run nothing: write the tables of what is done")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from dp4tl_dist.pipeline import run
+    from dp4tl_dist.stages import Graph
+    from dp4tl_dist.sweep import read_sweep
+    from dp4tl_dist.sweep_files import write_tables
+
+    nproc = [f"nproc={args.nproc}"] if args.nproc is not None else []
+    config = read_sweep(args.config, [*args.set, *nproc])
+    if not args.tables:
+        run(config, out=args.out, dry_run=args.dry_run)
+    if not args.dry_run:
+        write_tables(Graph(config, args.out))

@@ -24,9 +24,10 @@ LEVELS = (
     ("prune",),
     ("schedule", "train"),
     ("transfer",),
-    ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages"),
+    ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
     ("report",),
     ("launcher", "records", "table", "info", "doctor", "pipeline", "advise"),
+    ("sweep_table", "sweep_surrogates", "sweep_files"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),
 )

@@ -77,16 +77,17 @@ def accuracy_against_ratio(arms: Sequence[Arm], mode: str, title: str, text: str
     """The trajectory of each method over the pruning ratio, from dense on; None while no pruned arm is measured."""
     measured = [arm for arm in arms if arm.accuracy[mode]]
     dense = next((mean_std(arm.accuracy[mode]) for arm in measured if arm.method == "dense"), None)
-    methods = [method for method in dict.fromkeys(arm.method for arm in measured) if method != "dense"]
-    if not methods:
+    variants = dict.fromkeys((arm.method, arm.options) for arm in measured if arm.method != "dense")
+    if not variants:
         return None
     with canvas(title, text) as drawn:
         axes = drawn.axes
         axes.set(xlabel="pruning ratio: source classes dropped, %", ylabel="target accuracy, %")
         if dense and dense[0] is not None:
             axes.axhline(dense[0], color=C["dense"], linestyle=(0, (4, 3)), linewidth=1.1, label="dense")
-        for method in methods:
-            own = sorted((arm for arm in measured if arm.method == method), key=lambda arm: arm.ratio)
+        for method, options in variants:
+            own = sorted((arm for arm in measured if (arm.method, arm.options) == (method, options)),
+                         key=lambda arm: arm.ratio)  # fmt: skip
             x = np.array([arm.ratio for arm in own])
             y, spread = (
                 np.array([v or 0.0 for v in part])
@@ -96,7 +97,7 @@ def accuracy_against_ratio(arms: Sequence[Arm], mode: str, title: str, text: str
             if dense and dense[0] is not None:
                 axes.plot([0, x[0]], [dense[0], y[0]], color=colour, linewidth=1, linestyle=":")
             axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(x, y, color=colour, marker=MARKERS[method], markersize=8, mec=C["paper"], label=method)
+            axes.plot(x, y, color=colour, marker=MARKERS[method], markersize=8, mec=C["paper"], label=method + options)
             for arm in own:
                 values = arm.accuracy[mode]
                 (dots,) = axes.plot([arm.ratio] * len(values), values, ".", color=colour, markersize=4)
@@ -133,7 +134,7 @@ def time_bars(arms: Sequence[Arm], title: str, text: str) -> Markup | None:
 
 def votes_per_class(found: Selection, title: str, text: str) -> Markup:
     """Votes by rank, kept classes in the method's colour: the darker, the more arms keep them."""
-    votes, colour = found.votes[found.ranking], C.get(found.method, C["lm"])
+    votes, colour = found.votes[found.ranking], C.get(found.method.partition("+")[0], C["lm"])
     forward = [row[found.ranking] for row, cut in zip(found.kept, found.cuts, strict=True) if not cut.reverse]
     shades = np.sum(forward, axis=0) if forward else np.zeros(len(votes), int)
     with canvas(title, text) as drawn:
@@ -176,7 +177,7 @@ def _mark_cuts(axes: Axes, found: Selection) -> None:
 def coverage(found: Selection, title: str, text: str) -> Markup:
     """Share of the votes that the first k classes of the ranking hold, and where the arms cut."""
     reached = 100 * np.concatenate([[0], np.cumsum(found.votes[found.ranking])]) / max(1, found.votes.sum())
-    colour, total = C.get(found.method, C["lm"]), len(found.classes)
+    colour, total = C.get(found.method.partition("+")[0], C["lm"]), len(found.classes)
     with canvas(title, text) as drawn:
         axes = drawn.axes
         axes.set(xlabel="source classes kept", ylabel="votes covered, %", ylim=(0, 106), xlim=(0, total))

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dp4tl_dist.arm_name import AUTO, base_of, parse_arm
 from dp4tl_dist.config import validate
 from dp4tl_dist.data.beton import Beton, open_beton, sidecar
 from dp4tl_dist.data.subset import Subset, load_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz, read_json
 from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.run_config import AUTO, RunConfig, parse_arm
+from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Stage, Trial
 
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
@@ -29,6 +30,8 @@ class Arm:
 
     name: str
     method: str
+    options: str
+    """What the name has beside method and share: "+SURROGATE", "+steps" or both; mostly empty."""
     keep: float
     target: str
     trials: tuple[Trial, ...]
@@ -37,6 +40,13 @@ class Arm:
     seconds: dict[str, float | None]
     """Mean wall seconds of each of PARTS; None while no seed has them."""
     samples: float | None
+
+    @property
+    def voter(self) -> str:
+        """What names the votes file that the arm chooses by."""
+        found = parse_arm(self.name)
+        surrogate = f"+{found.surrogate}" if found and found.surrogate else ""
+        return base_of(self.method) + surrogate
 
     @property
     def ratio(self) -> float:
@@ -143,7 +153,10 @@ class Run:
             counts = [value for value in said if isinstance(value, int) and 0 < value < 1 << 62]
         method, keep = (found.kind, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
-        return Arm(name, method, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None)
+        options = name[name.find("+") :] if "+" in name else ""
+        return Arm(
+            name, method, options, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None
+        )
 
     def _share_kept(self, keep: str, trials: tuple[Trial, ...]) -> float:
         """The share of the classes that an arm's name gives; at "auto" its subsets tell it, once they are there."""

@@ -119,7 +119,7 @@ def cards(run: Run, found: list[Selection]) -> list[dict[str, Any]]:
                                          (*trial.selection, trial.pretrain, *trial.transfers.values()))),
         }
         for arm in run.arms
-        for method in [arm.method.removesuffix("-reverse")]
+        for method in [arm.voter]
     ]  # fmt: skip
 
 
@@ -156,7 +156,8 @@ def chosen(found: Selection) -> list[Figure]:
 def all_curves(run: Run) -> Iterator[Curves]:
     """Pretraining (with the surrogate) and transfer, each with a legend of its own."""
     keeps = sorted({arm.keep for arm in run.arms if arm.method != "dense"}, reverse=True)
-    styles = {"surrogate": ("surrogate", 0)}
+    surrogates = [name for name in run.graph.stages if name.startswith("surrogate")]
+    styles = {name: ("surrogate", place) for place, name in enumerate(surrogates)}
     for arm in run.arms:
         style = (arm.method if arm.method != "dense" else "ink", keeps.index(arm.keep) if arm.keep in keeps else 0)
         for trial in arm.trials:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dp4tl_dist.arm_name import base_of
 from dp4tl_dist.data.beton import JPEG, Beton
 from dp4tl_dist.prune.select import rank_groups
 from dp4tl_dist.prune.votes_file import Votes, load_votes
@@ -118,7 +117,7 @@ def selections(run: Run) -> Iterator[Selection]:
     thumbs = Thumbs(run)
     source = run.betons.get("source")
     for target in run.config.targets:
-        methods = dict.fromkeys(base_of(arm.method) for arm in run.arms)
+        methods = dict.fromkeys(arm.voter for arm in run.arms)
         for method in methods:
             path = run.out / "votes" / f"vote-{method}-{target}.npz"
             if not path.is_file():
@@ -134,7 +133,7 @@ def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) 
     arms, cuts, rows = [], [], []
     for arm in run.arms:
         subset = run.subset(arm.trials[0]) if arm.target == target else None
-        if subset is None or arm.method.removesuffix("-reverse") != method or not len(subset.groups):
+        if subset is None or arm.voter != method or not len(subset.groups):
             continue
         if subset.groups[-1] >= num_classes:
             continue

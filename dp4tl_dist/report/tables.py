@@ -80,7 +80,9 @@ def peer(run: Run, arm: Arm, method: str) -> Arm | None:
     """The dense arm, or the random arm of the same size, on the same target; never the arm itself."""
     methods = tuple(RANDOM) if method == "random" else (method,)
     found = [other for other in run.arms if other.target == arm.target and other.method in methods]
+    steps = arm.name.endswith("+steps")
     same = [other for other in found if method == "dense" or other.keep == arm.keep]
+    same.sort(key=lambda other: method != "dense" and other.name.endswith("+steps") != steps)
     return next((other for other in same if other is not arm), None)
 
 
