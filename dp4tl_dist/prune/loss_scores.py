@@ -47,7 +47,7 @@ def cld(losses: SampleLosses, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     scores = np.zeros(losses.losses.shape[1])
     for start in range(0, len(scores), ROWS):
         part = slice(start, start + ROWS)
-        own = np.diff(losses.losses[epochs][:, part].astype(np.float64), axis=0)
+        own = np.diff(losses.losses[:, part][epochs].astype(np.float64), axis=0)
         scores[part] = _correlation(own, steps[:, labels[part]])
     return scores
 
