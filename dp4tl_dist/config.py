@@ -135,7 +135,11 @@ class OptimConfig(Table):
 class EngineConfig(Table):
     """What runs the step."""
 
-    kind: Literal["ddp"] = "ddp"
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    zero: Annotated[int, Field(ge=0, le=3)] = 1
+    """What DeepSpeed divides among the ranks: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute the rest again when gradients need it: slower, less memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 on a CPU."""
@@ -144,6 +148,12 @@ class EngineConfig(Table):
     channels_last: bool = True
     timeout_s: Positive = 600.0
     """Seconds after which ranks that wait for a silent peer give up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngineConfig":
+        if self.kind == "deepspeed" and self.compile == "on":
+            raise ValueError('compile = "on" goes with kind = "ddp" only')
+        return self
 
 
 class LogConfig(Table):

@@ -120,7 +120,8 @@ class Graph:
             "cached": table.cached and mode == "lp",
             "robust": table.robust,
             "train": {**RECIPES[mode], **overrides},
-            "engine": self.config.engine.model_dump(mode="json"),
+            # A target is small: nothing of its training needs to be divided among the ranks.
+            "engine": {**self.config.engine.model_dump(mode="json"), "kind": "ddp"},
         }
         argv = ("transfer", "--config", str(self.config_path(name)), "--checkpoint", str(run), "--train", str(train),
                 "--test", str(test), "--mode", mode, "--out", str(output))  # fmt: skip

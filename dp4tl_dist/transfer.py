@@ -27,6 +27,7 @@ from dp4tl_dist.models import build_model, head_name, normalise, replace_head
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.adversarial import robust_attack
+from dp4tl_dist.train.engine import check_engine
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
@@ -78,6 +79,7 @@ def transfer(
     One that was cut off is continued; `force` starts afresh. All ranks call it.
     """
     started = time.monotonic()
+    check_engine(config.engine)
     target = open_target(train, test, val_share=config.val_share, seed=config.seed)
     folder = checkpoint.resolve(checkpoint_path)
     meta = checkpoint.read_meta(folder)

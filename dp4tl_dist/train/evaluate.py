@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from dp4tl_dist.data.loader import IGNORED, Batch, CentreView
 from dp4tl_dist.data.order import inference_batches
-from dp4tl_dist.train.engine import DDPEngine, averaged_buffers
+from dp4tl_dist.train.buffers import averaged_buffers
+from dp4tl_dist.train.engine import Engine
 from dp4tl_dist.train.source import Source
 from dp4tl_dist.train.task import Task
 from dp4tl_dist.world import World, all_sum
@@ -50,7 +51,7 @@ class Score:
 @torch.inference_mode()
 def evaluate(
     task: Task,
-    engine: DDPEngine,
+    engine: Engine,
     world: World,
     split: Split,
     view: CentreView,
@@ -87,7 +88,7 @@ def evaluate(
     return Score(top1, top5, loss, num_samples, robust_top1=robust if task.robust else None)
 
 
-def robust_hits(task: Task, engine: DDPEngine, batch: Batch) -> int:
+def robust_hits(task: Task, engine: Engine, batch: Batch) -> int:
     """How many of `batch` are classified rightly under the task's attack; 0 without one."""
     if task.robust is None:
         return 0

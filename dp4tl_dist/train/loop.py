@@ -17,7 +17,7 @@ from dp4tl_dist.log import Advance, Metrics, progress, say
 from dp4tl_dist.schedule import learning_rate
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import state as run_state
-from dp4tl_dist.train.engine import DDPEngine
+from dp4tl_dist.train.engine import make_engine
 from dp4tl_dist.train.evaluate import Score, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.saver import Saver
@@ -50,7 +50,7 @@ class Fit:
     def __init__(self, job: Job, world: World) -> None:
         job.check(world.num_ranks)
         self.job, self.world = job, world
-        self.engine = DDPEngine(world, job.task, job.optim, job.engine)
+        self.engine = make_engine(world, job.task, job.optim, job.engine)
         self.at = Progress()
         self.metrics: Metrics | None = None
         self.saver = Saver(background=world.device != "cpu")
@@ -154,6 +154,7 @@ class Fit:
         if job.val is not None and ((epoch + 1) % job.optim.val_every == 0 or last):
             view = CentreView(job.optim.val_resolution, job.optim.val_ratio)
             observe = job.losses.add_validation if job.losses else None
+            self.engine.collect()
             score = evaluate(job.task, self.engine, self.world, job.val, view, observe=observe)
             if job.losses:
                 job.losses.end_validation(self.world, epoch)
@@ -181,6 +182,7 @@ class Fit:
     def _save(self, *, stopping: bool) -> dict[str, Any]:
         """Save where the run stands, on all ranks together; then stop if that was asked."""
         watch.mean_loss(self)  # weights that a NaN has reached are never saved over good ones
+        self.engine.collect()
         watch.check_weights(self)
         watch.gather_losses(self)
         self.at.seconds = time.monotonic() - self.started

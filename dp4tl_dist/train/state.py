@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
 from dp4tl_dist.train import checkpoint
-from dp4tl_dist.train.engine import averaged_buffers
+from dp4tl_dist.train.buffers import averaged_buffers
 
 if TYPE_CHECKING:
     from dp4tl_dist.train.loop import Fit
@@ -33,7 +33,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     `must_succeed` the checkpoint is whole on return, or it is a UserError on every rank.
     """
     job, world, meta = fit.job, fit.world, fit.meta()
-    own = own_state(fit)
+    shared, own_share = fit.engine.optimizer_state()
+    own = own_state(fit, own_share)
     everyone: list[Any] = [own]
     if world.num_ranks > 1:
         everyone = [None] * world.num_ranks
@@ -51,23 +52,24 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     with averaged_buffers(job.task.module, world):
         if world.is_main:
             where = {key: meta[key] for key in ("epoch", "step", "samples_seen")}
-            state = {"optimizer": fit.engine.optimizer.state_dict(), "ranks": everyone, **where}
+            state = {"optimizer": shared, "ranks": everyone, **where}
             fit.saver.save(folder, write, {"weights": job.task.module.state_dict(), "state": state})
     if must_succeed:
-        shared = [fit.saver.wait()]
+        failure = [fit.saver.wait()]
         if world.num_ranks > 1:
-            dist.broadcast_object_list(shared)
-        if shared[0]:
+            dist.broadcast_object_list(failure)
+        if failure[0]:
             again = "make room and run the same command again, it goes on from the last one saved"
-            raise UserError(f"{shared[0]}: {again}")
+            raise UserError(f"{failure[0]}: {again}")
     return meta
 
 
-def own_state(fit: "Fit") -> dict[str, Any]:
-    """What this rank alone knows: its generators and its batch-norm buffers before averaging."""
+def own_state(fit: "Fit", optimizer: Any) -> dict[str, Any]:
+    """What this rank alone knows: generators, batch-norm buffers before averaging, its share of the optimizer."""
     buffers = {name: buffer.detach().cpu() for name, buffer in fit.job.task.module.named_buffers()}
     losses = [loss.item() for loss in fit.at.since_log]
     own: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "buffers": buffers, "losses": losses}
+    own["optimizer"] = optimizer
     own["bad_samples"] = int(fit.at.bad_samples)
     if fit.world.device != "cpu":
         own["cuda_rng"] = torch.cuda.get_rng_state()
@@ -113,7 +115,8 @@ def restore(fit: "Fit", meta: dict[str, Any], state: dict[str, Any]) -> None:
     """Fill optimizer, generators, buffers and position from a checkpoint; ValueError and its like where they do not
     fit."""
     job, world, at = fit.job, fit.world, fit.at
-    load_optimizer(fit.engine.optimizer, state["optimizer"])
+    fit.engine.adopt()
+    fit.engine.load_optimizer_state(state["optimizer"], [rank["optimizer"] for rank in state["ranks"]])
     same = len(state["ranks"]) == world.num_ranks
     own = state["ranks"][world.rank if same else 0]
     losses = own["losses"] if same else np.mean([rank["losses"] for rank in state["ranks"]], axis=0)
@@ -136,28 +139,6 @@ def restore(fit: "Fit", meta: dict[str, Any], state: dict[str, Any]) -> None:
         raise ValueError(f"step {at.step}, {at.seconds} s, {at.restarts - 1} restarts")
     if not isinstance(meta["complete"], bool) or not isinstance(at.val, dict | None):
         raise TypeError('"complete" or "val"')
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state, once it is known to be that of these parameters under these settings: torch takes any."""
-    own = optimizer.state_dict()["param_groups"]
-    settings = [{key: value for key, value in group.items() if key != "lr"} for group in own]
-    if [{key: group.get(key) for key in group if key != "lr"} for group in state["param_groups"]] != settings:
-        raise ValueError("the optimizer's settings are others")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and not _fits(value, parameters[number]):
-                raise ValueError(f"the optimizer's {name} of parameter {number} is {value.dtype} {list(value.shape)}")
-    optimizer.load_state_dict(state)
-
-
-def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
-    """Whether a tensor of the optimizer's can belong to the parameter: a number, or one for each of its own."""
-    if not value.is_floating_point() or value.is_meta or value.shape not in (parameter.shape, torch.Size()):
-        return False
-    # A file may hold a tensor whose elements share one place, which nothing can be written to.
-    return value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
 
 
 def check_same_run(fit: "Fit", meta: dict[str, Any]) -> None:

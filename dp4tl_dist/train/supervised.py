@@ -21,6 +21,7 @@ from dp4tl_dist.files import digest_file, folder_lock
 from dp4tl_dist.models import build_model, check_arch
 from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.checkpoint import load_into, resolve
+from dp4tl_dist.train.engine import check_engine
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
@@ -48,6 +49,7 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
 def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     """What `config` describes, ready for `Fit`: the files are open, and the model has its first weights."""
     optim = config.train
+    check_engine(config.engine)
     check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
     train_beton, train_split, inputs = make_split(config, world, part="train")
     val_split = None

@@ -1,0 +1,106 @@
+"""Data parallelism by torch alone: every rank holds the whole model and the whole optimizer."""
+
+import contextlib
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dp4tl_dist.config import EngineConfig, OptimConfig
+from dp4tl_dist.data.loader import Batch
+from dp4tl_dist.train.optimizer import load_optimizer, make_optimizer
+from dp4tl_dist.train.recompute import recompute_blocks
+from dp4tl_dist.train.task import Task
+from dp4tl_dist.world import World
+
+
+class DDPEngine:
+    """Gradients averaged by torch's DistributedDataParallel; a single rank runs the bare module."""
+
+    def __init__(self, world: World, task: Task, train: OptimConfig, config: EngineConfig) -> None:
+        self.world, self.task, self.train = world, task, train
+        self.cuda = world.device != "cpu"
+        self.bf16 = uses_bf16(config, world)
+        allow_tf32(world)
+        task.module.to(world.device)
+        if config.channels_last:
+            task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.activation_checkpointing:
+            recompute_blocks(task.module)
+        self.optimizer = make_optimizer(task.module, train, fused=self.cuda)
+        self.compiled = config.compile == "on" or (config.compile == "auto" and self.cuda)
+        task.forward = self._wrap(task.module)
+
+    def _wrap(self, module: nn.Module) -> Any:
+        wrapped: Any = module
+        if self.world.num_ranks > 1:
+            # Batch-norm buffers stay local while training, and are averaged where they matter: `averaged_buffers`.
+            # After the first step DDP lays its buckets out anew, by the order in which gradients came, and with them
+            # the order in which more than two ranks sum. Looking for unused parameters keeps it from that: a resumed
+            # run on CPUs ends bit-equal. On GPUs speed matters more.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+            wrapped = nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=[torch.device(self.world.device).index] if self.cuda else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=not self.cuda,
+            )
+        self.ddp = wrapped if wrapped is not module else None
+        return torch.compile(wrapped) if self.compiled else wrapped
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 where it is on, else nothing."""
+        return torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, enabled=self.bf16)
+
+    def collect(self) -> None:
+        """Bring what is trained into `task.module`: it is there already."""
+
+    def adopt(self) -> None:
+        """Train on from what was loaded into `task.module`."""
+
+    def optimizer_state(self) -> tuple[dict[str, Any], None]:
+        """What rank 0 saves of the optimizer, and what each rank saves of its own."""
+        return self.optimizer.state_dict(), None
+
+    def load_optimizer_state(self, shared: dict[str, Any], own: list[Any]) -> None:
+        """Restore what `optimizer_state` gave: rank 0's and, in the order of ranks, each rank's own."""
+        load_optimizer(self.optimizer, shared)
+
+    def step(self, batch: Batch, *, lr: float) -> torch.Tensor:
+        """One optimizer step on this rank's part of the global batch; returns its mean loss, on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.world.device)
+        parts = split(batch, self.train.accumulate)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            sync = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+            with sync, self.autocast():
+                loss = self.task(part)["loss"] / len(parts)
+                loss.backward()
+            total += loss.detach()
+        if self.train.clip_norm:
+            nn.utils.clip_grad_norm_(self.task.module.parameters(), self.train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+def uses_bf16(config: EngineConfig, world: World) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and world.device != "cpu")
+
+
+def allow_tf32(world: World) -> None:
+    if world.device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """`batch` in `parts` equal micro-batches, in order."""
+    if parts == 1:
+        return [batch]
+    return [Batch(*fields) for fields in zip(*(field.chunk(parts) for field in batch), strict=True)]
