@@ -17,6 +17,7 @@ from dp4tl_dist.files import read_json
 from dp4tl_dist.prune import select
 from dp4tl_dist.prune.amount import ENOUGH, coverage_curve, knee, suggest
 from dp4tl_dist.prune.choice import join_votes
+from dp4tl_dist.prune.influence import Influence, agreement, rank_influence
 from dp4tl_dist.prune.votes_file import Votes, load_votes
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.train.cost import FORWARD, Speed, train_seconds
@@ -59,9 +60,12 @@ class Advice:
 
     def __init__(self, beton: Beton, cast: Sequence[Votes], votes: NDArray[np.number], ranking: select.Groups) -> None:
         self.beton, self.cast, self.ranking = beton, cast, ranking
-        self.votes = votes[ranking]
-        counts = np.bincount(beton.labels, minlength=beton.num_classes)[ranking]
-        sizes = np.bincount(beton.labels, weights=beton.sizes.astype(np.float64), minlength=beton.num_classes)[ranking]
+        self.votes, total = votes[ranking], len(ranking)
+        self.names, members = cast[0].classes, cast[0].members
+        self.group_of_sample: NDArray[np.integer] = beton.labels if members is None else members.assignment
+        counts = np.bincount(self.group_of_sample, minlength=total)[ranking]
+        bytes_each = beton.sizes.astype(np.float64)
+        sizes = np.bincount(self.group_of_sample, weights=bytes_each, minlength=total)[ranking]
         self.samples, self.bytes = np.cumsum(counts), np.cumsum(sizes).astype(np.int64)
         self.coverage = coverage_curve(self.votes)
         self.without_votes = np.sort(ranking[self.votes == 0])
@@ -176,8 +180,11 @@ def size_of(advice: Advice, count: int, notes: Sequence[str], costs: Costs | Non
     return Size(keep, count, samples, int(advice.bytes[count - 1]), coverage, hours, speed_up, tuple(notes))
 
 
-def advise(advice: Advice, costs: Costs | None) -> dict[str, Any]:
-    """All that is to be said, as plain JSON types: `--json` prints it, `as_text` shows it."""
+def advise(advice: Advice, costs: Costs | None, influence: Influence | None = None) -> dict[str, Any]:
+    """All that is to be said, as plain JSON types: `--json` prints it, `as_text` shows it.
+
+    With `influence`, also how far the ranking by votes agrees with that by brute force.
+    """
     sizes = [size_of(advice, count, notes, costs) for count, notes in advice.interesting().items()]
     chosen = next(size for size in sizes if size.classes == advice.suggestion.count)
     dense = sizes[-1]
@@ -194,12 +201,14 @@ def advise(advice: Advice, costs: Costs | None) -> dict[str, Any]:
         "num_targets": sum(len(item.target_sizes) for item in advice.cast),
         "num_voters": advice.num_voters,
         "num_classes": len(advice.ranking),
+        "groups_are": advice.cast[0].what,
+        "agreement": None if influence is None else agreement(advice.ranking, rank_influence(influence.influence)),
         "suggestion": {**asdict(chosen), "rule": advice.suggestion.rule, "reason": reason},
         "knee": knee(advice.votes),
         "zero_votes": {
             "classes": zero.tolist(),
-            "names": [advice.beton.classes[i] for i in zero],
-            "samples": int(np.isin(advice.beton.labels, zero).sum()),
+            "names": [advice.names[i] for i in zero],
+            "samples": int(np.isin(advice.group_of_sample, zero).sum()),
         },
         "sizes": [asdict(size) for size in sizes],
         "curve": {

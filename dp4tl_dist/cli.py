@@ -85,7 +85,7 @@ def fail(code: int, message: str, *, kind: str = "error", consequence: bool = Fa
 VERBS = (
     verbs_data.write, verbs_data.info, verbs_train.train, verbs_select.cluster, verbs_select.vote, verbs_select.score,
     verbs_select.prune, verbs_data.compact, verbs_train.transfer, verbs_train.run, verbs_train.report,
-    verbs_study.advise, verbs_study.sweep, verbs_data.doctor,
+    verbs_study.advise, verbs_study.sweep, verbs_study.influence, verbs_data.doctor,
 )  # fmt: skip
 
 

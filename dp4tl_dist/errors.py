@@ -28,6 +28,10 @@ class UserError(ValueError):
         super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:1500]} ... {line[-400:]}")
 
 
+class InUseError(UserError):
+    """What is asked for is held by another process."""
+
+
 class Stopped(Exception):
     """A signal asked the run to end, and everything is saved. Exit code 75."""
 

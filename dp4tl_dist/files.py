@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist import __version__
-from dp4tl_dist.errors import UserError
+from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.machine import hardware
 
 MAX_JSON_BYTES = 64 << 20
@@ -108,7 +108,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from error
+            raise InUseError(f"{folder} is in use by another run: wait for it or choose another --out") from error
         yield
 
 

@@ -135,6 +135,7 @@ def prune(verbs: Verbs) -> None:
         "--random", choices=("classes", "samples", "balanced"),
         help="keep classes or samples drawn by --seed; balanced: the same share of the samples of every class",
     )  # fmt: skip
+    parser.add_argument("--influence", type=Path, help="keep the classes that `influence` found most helpful")
     parser.add_argument("--list", type=Path, help="keep the classes that a text file names, one a line")
     parser.add_argument(
         "--within-class", metavar="SCORES:SHARE",
@@ -169,11 +170,12 @@ def run_prune(args: argparse.Namespace) -> None:
     from dp4tl_dist.log import say
     from dp4tl_dist.prune.make import prune
 
-    summary = prune(source=args.source, out=args.out, votes=args.votes, scores=args.scores, random=args.random,
-                    list_file=args.list, within=args.within_class, balanced=args.class_balanced, keep=args.keep,
-                    keep_classes=args.keep_classes, coverage=args.coverage, like=args.like, reverse=args.reverse,
-                    combine=args.combine, weights=parse_weights(args.weights), seed=args.seed,
-                    apply_to=args.apply_to, force=args.force)  # fmt: skip
+    summary = prune(source=args.source, out=args.out, votes=args.votes, influence=args.influence, scores=args.scores,
+                    random=args.random, list_file=args.list, within=args.within_class,
+                    balanced=args.class_balanced, keep=args.keep, keep_classes=args.keep_classes,
+                    coverage=args.coverage, like=args.like, reverse=args.reverse, combine=args.combine,
+                    weights=parse_weights(args.weights), seed=args.seed, apply_to=args.apply_to,
+                    force=args.force)  # fmt: skip
     say(f"{args.out}: {summary}")
 
 

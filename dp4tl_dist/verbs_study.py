@@ -1,4 +1,4 @@
-"""The verbs that study choices: advise, sweep. What a verb needs is imported only when it runs."""
+"""The verbs that study choices: advise, sweep, influence. What a verb needs is imported only when it runs."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dp4tl_dist.arguments import Verbs, add_config, add_verb
+from dp4tl_dist.arguments import Verbs, add_config, add_out, add_verb
 
 
 def advise(verbs: Verbs) -> None:
@@ -30,6 +30,7 @@ def advise(verbs: Verbs) -> None:
     )
     parser.add_argument("--combine", choices=("normalised", "max", "counts", "sum"), default="normalised")
     parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
+    parser.add_argument("--influence", type=Path, metavar="I.npz", help="hold the ranking against brute force's")
     parser.add_argument("--json", action="store_true", help="everything, the whole coverage curve included, as JSON")
 
 
@@ -55,7 +56,12 @@ def run_advise(args: argparse.Namespace) -> None:
             speed, main = measure(advise.with_paths(recipe, args.source, args.val), world), world.is_main
     surrogates = args.surrogate or advise.surrogates_of(advice.cast)
     costs = None if speed is None else advise.costs_of(advice, recipe.train, speed, surrogates, args.val)
-    found = advise.advise(advice, costs)
+    influence = None
+    if args.influence is not None:
+        from dp4tl_dist.prune.influence import load_influence
+
+        influence = load_influence(args.influence, beton=advice.beton)
+    found = advise.advise(advice, costs, influence)
     if main:
         say(json.dumps(found, indent=2) if args.json else as_text(found))
 
@@ -85,6 +91,9 @@ def as_text(found: dict[str, Any]) -> str:
         parts = f"surrogate {clock(costs['surrogate_s'])}, vote {clock(costs['vote_s'])}"
         known = parts if costs["surrogate_s"] else "the surrogate's cost is not known: name it with --surrogate"
         lines.append(f"* at {costs['speed']['images_per_s']:.0f} images/s, with the selection ({known})")
+    if found["agreement"]:
+        tops = ", ".join(f"{item['overlap']:.2f} of the first {item['k']}" for item in found["agreement"]["top"])
+        lines.append(f"agreement with brute force: Spearman {found['agreement']['spearman']:.2f}; in common: {tops}")
     lines.append(f"suggested: keep {suggestion['keep']:.3g} ({suggestion['classes']} classes): {suggestion['reason']}")
     return "\n".join(lines)
 
@@ -110,3 +119,30 @@ def run_sweep(args: argparse.Namespace) -> None:
         run(config, out=args.out, dry_run=args.dry_run)
     if not args.dry_run:
         write_tables(Graph(config, args.out))
+
+
+def influence(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs, "influence", run_influence, "Find what each source class does for a target, by many small models."
+    )
+    add_config(parser, required=True)
+    parser.add_argument("--masks", type=int, help="how many models, each on a random half of the classes")
+    parser.add_argument("--worker", default="0/1", metavar="I/N", help="this is worker I (from 0) of N on one --out")
+    add_out(parser, "the influences, an .npz file; the models' results are kept beside it, in OUT.run")
+
+
+def run_influence(args: argparse.Namespace) -> None:
+    from dp4tl_dist.config import load_config
+    from dp4tl_dist.errors import UserError
+    from dp4tl_dist.files import check_output
+    from dp4tl_dist.influence import InfluenceConfig, influence
+    from dp4tl_dist.world import joined
+
+    index, _, count = args.worker.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--worker {args.worker} is not of the form I/N with I from 0 to N - 1, like 0/4")
+    masks = [f"masks={args.masks}"] if args.masks is not None else []
+    config = load_config(InfluenceConfig, args.config, [*args.set, *masks])
+    check_output(args.out, force=args.force)
+    with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
+        influence(config, out=args.out, worker=(int(index), int(count)), world=world, force=args.force)

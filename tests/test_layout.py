@@ -24,6 +24,7 @@ LEVELS = (
     ("prune",),
     ("schedule", "train"),
     ("transfer",),
+    ("influence",),
     ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
     ("report",),
     ("launcher", "records", "table", "info", "doctor", "pipeline", "advise"),

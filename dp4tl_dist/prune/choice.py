@@ -13,6 +13,7 @@ from dp4tl_dist.errors import UserError, one_of
 from dp4tl_dist.files import digest_file
 from dp4tl_dist.prune import select
 from dp4tl_dist.prune.amount import suggest
+from dp4tl_dist.prune.influence import Influence, load_influence, rank_influence
 from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores
 from dp4tl_dist.prune.votes_file import Votes, load_votes, same_members
@@ -41,9 +42,11 @@ class Amount:
         """The number of groups to keep. `votes_sorted` (groups,), descending, is what coverage and "auto" need."""
         num_groups = beton.num_classes if votes_sorted is None else len(votes_sorted)
         if self.like is not None:
-            groups = load_subset(self.like, beton=beton).groups
-            if not len(groups):
-                raise UserError(f"--like {self.like} keeps single samples, and here classes are chosen: give another")
+            other = load_subset(self.like, beton=beton)
+            groups, kind = other.groups, other.meta.get("groups_are", "classes")
+            if not len(groups) or (votes_sorted is None and kind != "classes"):
+                kept = kind if len(groups) else "single samples"
+                raise UserError(f"--like {self.like} keeps {kept}, and here classes are chosen: use --random samples")
             return select.check_count(num_groups, len(groups))
         if self.keep == "auto":
             if votes_sorted is None:
@@ -74,6 +77,7 @@ class Choice:
 
     amount: Amount
     votes: tuple[Path, ...] = ()
+    influence: Path | None = None
     scores: Path | None = None
     random: str | None = None
     list_file: Path | None = None
@@ -108,21 +112,24 @@ def parse_within(text: str | None) -> tuple[str, float] | None:
 
 def check_choice(choice: Choice) -> None:
     """Raise UserError where the options do not go together."""
-    by_class = sum((bool(choice.votes), choice.random is not None, choice.list_file is not None))
+    ranks_classes = bool(choice.votes) or choice.influence is not None
+    by_class = bool(choice.votes) + sum(
+        value is not None for value in (choice.influence, choice.random, choice.list_file)
+    )
     for_within = choice.within is not None and by_class > 0  # then --scores says what is best within a class
     given = by_class + (choice.scores is not None and not for_within)
     if given != 1:
-        raise UserError(f"{given} of --votes, --scores, --random and --list were given: give exactly one")
+        raise UserError(f"{given} of --votes, --influence, --scores, --random and --list were given: give exactly one")
     if choice.random is not None:
         one_of("--random", choice.random, RANDOM)
-    if choice.within is not None and not (choice.votes or choice.list_file or choice.random == "classes"):
+    if choice.within is not None and not (ranks_classes or choice.list_file or choice.random == "classes"):
         raise UserError("--within-class chooses among the samples of kept classes: use it with --votes or --list")
     amounts = choice.amount.num_given
     if choice.list_file is None and amounts != 1:
         raise UserError(f"{amounts} of --keep, --keep-classes, --coverage and --like were given: give exactly one")
     if choice.list_file is not None and amounts:
         raise UserError("--list names what is kept: leave --keep, --keep-classes, --coverage and --like out")
-    if choice.reverse and not choice.votes and choice.scores is None:
+    if choice.reverse and not ranks_classes and choice.scores is None:
         raise UserError("--reverse turns a ranking round: use it with --votes or --scores")
     if choice.balanced is not None and (choice.scores is None or for_within):
         raise UserError("--class-balanced is about --scores: with --random use --random balanced")
@@ -136,6 +143,9 @@ def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
         subset, group_of_sample = _by_votes(beton, choice)
         several = len(choice.votes) > 1
         inputs |= {f"votes{i}" if several else "votes": digest_file(path) for i, path in enumerate(choice.votes)}
+    elif choice.influence is not None:
+        subset = _by_influence(beton, choice, load_influence(choice.influence, beton=beton))
+        inputs["influence"] = digest_file(choice.influence)
     elif choice.list_file is not None:
         subset = _by_class(beton, "list", select.read_list(choice.list_file, beton.classes))
         inputs["list"] = digest_file(choice.list_file)
@@ -157,6 +167,12 @@ def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
 def _by_class(beton: Beton, method: str, groups: NDArray[np.int64]) -> Subset:
     ratio = (beton.num_classes - len(groups)) / beton.num_classes
     return Subset(samples_of_groups(beton.labels, groups), groups, ratio, method)
+
+
+def _by_influence(beton: Beton, choice: Choice, found: Influence) -> Subset:
+    count, ranking = choice.amount.count(beton), rank_influence(found.influence)
+    chosen = ranking[::-1][:count] if choice.reverse else ranking[:count]
+    return _by_class(beton, "influence-reverse" if choice.reverse else "influence", np.sort(chosen))
 
 
 def _by_votes(beton: Beton, choice: Choice) -> tuple[Subset, NDArray[np.integer]]:

@@ -50,6 +50,7 @@ def prune(
     source: Path,
     out: Path,
     votes: Path | Sequence[Path] | None = None,
+    influence: Path | None = None,
     scores: Path | None = None,
     random: str | None = None,
     list_file: Path | None = None,
@@ -67,7 +68,7 @@ def prune(
     weights: list[float] | None = None,
     force: bool = False,
 ) -> PruneSummary:
-    """Write the subset of `source` that one selector (votes, scores, random, list_file) and one amount choose.
+    """Write the subset of `source` that one selector (votes, influence, scores, random, list_file) and amount choose.
 
     votes: one file or several, whose targets count together. random: "classes", "samples" or "balanced". within:
     "SCORES:SHARE" of the samples of each kept class. `reverse` takes as much from the ranking's other end. With
@@ -76,8 +77,9 @@ def prune(
     """
     files = () if votes is None else (votes,) if isinstance(votes, Path) else tuple(votes)
     choice = Choice(
-        Amount(keep, keep_classes, coverage, like), votes=files, scores=scores, random=random, list_file=list_file,
-        within=parse_within(within), balanced=balanced, reverse=reverse, combine=combine, weights=weights, seed=seed,
+        Amount(keep, keep_classes, coverage, like), votes=files, influence=influence, scores=scores, random=random,
+        list_file=list_file, within=parse_within(within), balanced=balanced, reverse=reverse, combine=combine,
+        weights=weights, seed=seed,
     )  # fmt: skip
     check_choice(choice)
     out_val = out_val or val_path(out)
@@ -85,10 +87,11 @@ def prune(
         check_output(path, force=force)
     beton = open_beton(source)
     config = {
-        "source": str(source), "votes": [str(path) for path in files] or None, "scores": scores and str(scores),
-        "random": random, "list": list_file and str(list_file), "within": within, "keep": keep,
-        "keep_classes": keep_classes, "coverage": coverage, "like": like and str(like), "balanced": balanced,
-        "reverse": reverse, "combine": combine, "weights": weights,
+        "source": str(source), "votes": [str(path) for path in files] or None,
+        "influence": influence and str(influence), "scores": scores and str(scores), "random": random,
+        "list": list_file and str(list_file), "within": within, "keep": keep, "keep_classes": keep_classes,
+        "coverage": coverage, "like": like and str(like), "balanced": balanced, "reverse": reverse, "combine": combine,
+        "weights": weights,
     }  # fmt: skip
     subset, inputs = choose(beton, choice)
     inputs = {"source": beton.fingerprint, **inputs}

@@ -153,7 +153,7 @@ class Run:
             counts = [value for value in said if isinstance(value, int) and 0 < value < 1 << 62]
         method, keep = (found.kind, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
-        options = name[name.find("+") :] if "+" in name else ""
+        options = "".join(name.partition("@")[2].partition("+")[1:])
         return Arm(
             name, method, options, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None
         )

@@ -1,0 +1,184 @@
+"""`dp4tl influence`: brute force. Many small models, each trained on a random half of the classes and judged on the
+target, in a store that any number of workers fill.
+
+A row of the store is declared by its number alone: its mask follows from the seed. It is done when its file is there,
+and in work while a process holds the lock of its folder. The kernel drops that lock when the process ends, however it
+ends; the next worker goes on from the checkpoint that is left.
+"""
+
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dp4tl_dist.config import (
+    DataConfig,
+    EngineConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Share,
+    Table,
+    TrainConfig,
+)
+from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
+from dp4tl_dist.errors import InUseError, UserError
+from dp4tl_dist.files import folder_lock, make_meta, read_json, write_json
+from dp4tl_dist.log import say
+from dp4tl_dist.prune.influence import Influence, draw_mask, estimate, save_influence
+from dp4tl_dist.recipes import TransferConfig, recipe
+from dp4tl_dist.world import World
+
+
+class InfluenceConfig(Table):
+    """Which source and target, and the small models that stand for large ones."""
+
+    source: str
+    """The source's training beton."""
+    target: str
+    """The target's training beton. A part of it judges; the target's test set is not read."""
+    masks: Annotated[int, Field(ge=4)] = 200
+    """How many models. More may be added later; the first ones stay."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelConfig = ModelConfig()
+    train: OptimConfig = OptimConfig()
+    min_scale: Share = 0.08
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    val_share: Share = 0.5
+    """The part of the target's training set that judges the linear probe; the rest trains it."""
+    lp: dict[str, bool | int | float | str] = {}
+    """Overrides of the linear probe's `train` keys."""
+    engine: EngineConfig = EngineConfig()
+
+
+def influence(
+    config: InfluenceConfig, *, out: Path, worker: tuple[int, int], world: World, force: bool = False
+) -> bool:
+    """Fill what rows are free, and write `out` once all are done. True where it is written.
+
+    worker (i, n): the i-th of n, from 0; it begins at another row than the others do, and goes round.
+    """
+    if world.num_ranks > 1:
+        raise UserError("influence trains each model on one rank: start several workers (--worker 0/4, ...) instead")
+    source, target = open_beton(Path(config.source)), open_beton(Path(config.target))
+    if source.num_classes < 2:
+        raise UserError(f"{source.path} has one class: there is nothing to tell apart")
+    estimate(all_masks(config, source), np.zeros(config.masks))  # too few masks are refused before anything is trained
+    store = out.with_name(out.name + ".run")
+    if force and worker[0] == 0:
+        shutil.rmtree(store, ignore_errors=True)
+    declare(store, config, source, target)
+    for row in rows_of(config.masks, worker):
+        with contextlib.suppress(InUseError):  # another worker has it
+            fill(config, source, store, row, world)
+    return conclude(store, config, source, out)
+
+
+def fill(config: InfluenceConfig, source: Beton, store: Path, row: int, world: World) -> None:
+    """Train and judge one model, unless it is done. InUseError where another process is at it."""
+    done, work = row_path(store, row), store / "work" / f"{row:06d}"
+    if not done.exists():
+        with folder_lock(work):
+            if not done.exists():  # another worker may have finished it meanwhile
+                mask = draw_mask(source.num_classes, row, seed=config.seed)
+                accuracy = measure(config, source, mask, work, world)
+                write_json(done, {"row": row, "accuracy": accuracy})
+                say(f"influence: model {row}: {100 * accuracy:.2f} %")
+    for item in work.glob("*"):  # not the lock, which another worker may be looking at
+        shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
+
+
+def rows_of(count: int, worker: tuple[int, int]) -> Iterator[int]:
+    """All rows, from the start of the worker's own part on and round."""
+    index, workers = worker
+    first = index * count // workers
+    return iter([*range(first, count), *range(first)])
+
+
+def row_path(store: Path, row: int) -> Path:
+    return store / "rows" / f"{row:06d}.json"
+
+
+def all_masks(config: InfluenceConfig, source: Beton) -> NDArray[np.bool_]:
+    """(masks, classes)"""
+    return np.stack([draw_mask(source.num_classes, row, seed=config.seed) for row in range(config.masks)])
+
+
+def declare(store: Path, config: InfluenceConfig, source: Beton, target: Beton) -> None:
+    """Say what the store is for, or check that it is for this. All workers declare the same."""
+    free = {"masks", "source", "target", "num_workers"}  # files count by their content
+    content = {
+        "kind": "influence-store", "config": config.model_dump(mode="json", exclude=free),
+        "inputs": {"source": source.fingerprint, "target": target.fingerprint},
+    }  # fmt: skip
+    path = store / "store.json"
+    if not path.exists():
+        write_json(path, content)
+    found = read_json(path)
+    if found != content:
+        differ = [key for key in content if not isinstance(found, dict) or found.get(key) != content[key]]
+        raise UserError(f"{store} holds models of another {' and '.join(differ)}: use another --out, or --force")
+
+
+def measure(config: InfluenceConfig, source: Beton, mask: NDArray[np.bool_], work: Path, world: World) -> float:
+    """Train one model on the classes of `mask` (classes,), and judge it on the target: an accuracy as a share of 1."""
+    from dp4tl_dist.train.supervised import train
+
+    groups = np.flatnonzero(mask).astype(np.int64)
+    indices = samples_of_groups(source.labels, groups)
+    meta = make_meta("subset", inputs={"source": source.fingerprint})
+    save_subset(work / "subset.npz", Subset(indices, groups, 1 - len(groups) / len(mask), "half", meta))
+    data = {"train": str(source.path), "subset": str(work / "subset.npz"), "min_scale": config.min_scale}
+    small = TrainConfig(
+        seed=config.seed, data=DataConfig(**data, num_workers=config.num_workers), model=config.model,  # type: ignore[arg-type]
+        train=config.train, engine=config.engine, log=LogConfig(tensorboard=False),
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # one line a model is enough
+        train(small, out=work / "model", world=world)
+        result = _probe(config, work, world)
+    return float(result["val_top1"])
+
+
+def _probe(config: InfluenceConfig, work: Path, world: World) -> dict[str, Any]:
+    """The result of a linear probe on the target."""
+    from dp4tl_dist.transfer import transfer
+
+    content: dict[str, Any] = {"seed": config.seed, "val_share": config.val_share, "cached": True, "train": config.lp}
+    probe = TransferConfig.model_validate(recipe("lp", {**content, "engine": config.engine.model_dump(mode="json")}))
+    target = Path(config.target)
+    # A choice must not know the test set. The file is there twice, and what counts is the part held out of training.
+    return transfer(
+        probe, checkpoint_path=work / "model", train=target, test=target, out=work / "lp.json", world=world, force=True
+    )
+
+
+def conclude(store: Path, config: InfluenceConfig, source: Beton, out: Path) -> bool:
+    """Write the influences where all rows are done; else say how many are."""
+    paths = [row_path(store, row) for row in range(config.masks)]
+    done = [path for path in paths if path.exists()]
+    if len(done) < len(paths):
+        say(f"influence: {len(done)} of {len(paths)} models are done; the worker that finishes the last writes {out}")
+        return False
+    accuracy = np.array([float(read_json(path)["accuracy"]) for path in paths])
+    masks = all_masks(config, source)
+    value, stderr = estimate(masks, accuracy)
+    inputs = read_json(store / "store.json")["inputs"]
+    meta = make_meta("influence", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs)
+    save_influence(out, Influence(value, stderr, masks, accuracy, meta))
+    best, worst = int(np.argmax(value)), int(np.argmin(value))
+    say(
+        f"{out}: {len(paths)} models; most helpful {source.classes[best]} ({_shown(value, stderr, best)}), "
+        f"most harmful {source.classes[worst]} ({_shown(value, stderr, worst)})"
+    )
+    return True
+
+
+def _shown(value: NDArray[np.float64], stderr: NDArray[np.float64], index: int) -> str:
+    return f"{100 * value[index]:+.2f} +- {100 * stderr[index]:.2f} points"
