@@ -151,7 +151,7 @@ def main() -> None:
     votes_ranks.add_sizes(parser)
     parser.add_argument("--published-targets", type=int, default=20, help="images for the published FM loop")
     parser.add_argument("--prune-samples", type=int, default=1_281_167)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     arguments = harness.parse(parser)
     bench = Bench("votes", arguments)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))

@@ -1,6 +1,7 @@
 """Each benchmark runs in its smallest form and prints JSON that says what it ought to."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,21 +105,43 @@ def test_compact(root: Path, images: Path):
     check(content, cases=[["compact", "write", "copy"]])
 
 
+OTHERS = ["torchvision", "dali", "streaming"]
 LOADER = ["--samples", "16", "--batch-size", "4", "--resolution", "16", "--threads", "1"]
 
 
 @pytest.mark.parametrize("part", ["epoch", "first"])
 def test_loader(root: Path, images: Path, part: str):
-    without = ["--without", "ffcv", "torchvision"]
+    without = ["--without", "ffcv", *OTHERS]
     content = result(root, "loader.py", part, "--images", str(images), *LOADER, "--data", "compacted", *without)
     check(content, cases=[["dp4tl"]])
+
+
+def test_loader_of_both_caches_and_the_share_of_waiting(root: Path, images: Path):
+    more = ["--data", "subset", "--cache", "os", "process", "--step-ms", "5", "--without", *OTHERS, "ffcv"]
+    content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, *more)
+    check(content, cases=[["dp4tl", "dp4tl process-cache"]])
+    assert all(0 < row["facts"]["data wait"] < 1 for row in content["comparisons"][0]["rows"])
+
+
+@pytest.mark.slow
+def test_loader_cold(root: Path, images: Path):
+    """A process for each run."""
+    more = ["--keep", "0.25", "--ways", "os", "process", "--runs", "1", "--warmup", "0", "--json"]
+    done = start(root, "loader.py", "cold", "--images", str(images), *LOADER, *more)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["comparisons"]
+    facts = {row["name"]: row["facts"] for row in found["rows"]}
+    assert list(facts) == ["subset os", "subset process", "compacted os", "compacted process"]
+    assert facts["subset process"]["asked / needed"] > facts["subset os"]["asked / needed"]  # whole pages, and none
+    assert all(row["disk / needed"] >= 0 for row in facts.values())
 
 
 @pytest.mark.slow
 def test_loader_with_its_peers(root: Path, images: Path):
     """Stock FFCV compiles for several seconds."""
     content = result(root, "loader.py", "epoch", "--images", str(images), *LOADER, "--data", "subset")
-    check(content, cases=[["dp4tl", "ffcv", "torchvision"]])
+    here = [peer for peer in ("dali",) if peer not in content["skipped"]]  # installed by hand alone
+    check(content, cases=[["dp4tl", "ffcv", "torchvision", *here]])
 
 
 @pytest.mark.parametrize("script", [["loader.py", "epoch"], ["compact.py"]], ids=lambda script: script[0])
@@ -126,6 +149,17 @@ def test_missing_images_are_one_line(root: Path, tmp_path: Path, script: list[st
     done = start(root, *script, "--images", str(tmp_path / "absent"))
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1 and "--images" in done.stderr
+
+
+def test_gpu_script_keeps_to_its_budget(root: Path, tmp_path: Path):
+    script, out = root / "benchmarks" / "gpu.sh", tmp_path / "results of a GPU"
+    environ = {**os.environ, "BUDGET": "0"}
+    done = subprocess.run([str(script), str(out)], capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert lines[0].startswith("torch ") and done.stdout.endswith(f"results: {out}\n")
+    assert [line.split()[0] for line in lines if "skipped" in line][:2] == ["doctor", "tests"]
+    assert not list(out.glob("doctor*"))
 
 
 def test_a_worker_that_dies_ends_the_benchmark(root: Path):
