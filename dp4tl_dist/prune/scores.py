@@ -68,8 +68,10 @@ def retrieval(features: Tensor, targets: Tensor) -> Tensor:
     samples). features: (n, dim). targets: (images, dim), unit rows as `unit` makes them.
     """
     rows = unit(features)
-    found = [exact_distances(part, targets).amin(dim=1) for part in rows.split(max(1, CHUNK // len(targets)))]
-    return 1 - torch.cat(found).square() / 2
+    nearest = torch.full_like(rows[:, 0], torch.inf)
+    for part in targets.split(max(1, CHUNK // len(rows))):
+        nearest = torch.minimum(nearest, exact_distances(rows, part).amin(dim=1))
+    return 1 - nearest.square() / 2
 
 
 def unit(features: Tensor) -> Tensor:
