@@ -10,6 +10,7 @@ from typing import Any
 import fuzz_beton
 import fuzz_checkpoint
 import fuzz_runs
+import fuzz_scores
 import numpy as np
 from fuzz_checkpoint import STEP
 from fuzz_formats import CANARY, mutate_npz
@@ -20,8 +21,6 @@ from dp4tl_dist.data.subset import Subset, load_subset, save_subset
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.info import describe, render
 from dp4tl_dist.log import Metrics, read_jsonl, truncate_jsonl
-from dp4tl_dist.prune.ranking import choose_samples
-from dp4tl_dist.prune.scores_file import Scores, load_scores, save_scores
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
 from dp4tl_dist.recipes import TransferConfig, recipe
@@ -94,23 +93,6 @@ def read_subset(folder: Path) -> Iterator[None]:
     assert len(found.indices) and found.indices.min() >= 0 and (np.diff(found.indices) > 0).all()
     assert (np.diff(found.groups) > 0).all() and (not len(found.groups) or found.groups.min() >= 0)
     assert 0 <= found.ratio <= 1 and isinstance(found.meta, dict)
-    yield
-
-
-def scores_seeds(folder: Path) -> list[Files]:
-    rng, found = np.random.default_rng(1), []
-    for size, keeps in ((24, "highest"), (1, "middle"), (7, "lowest")):
-        meta = make_meta("scores", inputs={"source": "ef" * 16})
-        save_scores(folder / "x.npz", Scores(rng.standard_normal(size), "el2n", keeps, size == 7, meta))
-        found.append({"x.npz": (folder / "x.npz").read_bytes()})
-    return found
-
-
-def read_scores(folder: Path) -> Iterator[None]:
-    found = load_scores(folder / "x.npz")
-    assert len(found.scores) and np.isfinite(found.scores).all() and isinstance(found.meta, dict)
-    kept = choose_samples(found.scores, 0.5, rule=found.keeps)
-    assert len(kept) == max(1, (len(found.scores) + 1) // 2) and (np.diff(kept) > 0).all()
     yield
 
 
@@ -322,7 +304,7 @@ def info_seeds(folder: Path) -> list[Files]:
         *fuzz_beton.seeds(folder)[2:3],
         *votes_seeds(folder)[:2],
         *subset_seeds(folder)[:1],
-        *scores_seeds(folder)[:1],
+        *fuzz_scores.scores_seeds(folder)[:1],
     ]
     found += [
         {name: files[name]} for files in fuzz_checkpoint.seeds(folder)[:1] for name in files if name.endswith(".json")
@@ -354,7 +336,8 @@ _ALL = (
     Reader("beton", fuzz_beton.seeds, fuzz_beton.mutate, fuzz_beton.read),
     Reader("votes", votes_seeds, mutate_arrays, read_votes),
     Reader("subset", subset_seeds, mutate_arrays, read_subset),
-    Reader("scores", scores_seeds, mutate_arrays, read_scores),
+    Reader("scores", fuzz_scores.scores_seeds, mutate_arrays, fuzz_scores.read_scores),
+    Reader("losses", fuzz_scores.losses_seeds, mutate_arrays, fuzz_scores.read_losses),
     Reader("checkpoint", fuzz_checkpoint.seeds, fuzz_checkpoint.mutate, fuzz_checkpoint.read),
     Reader("train-config", config_seeds(TrainConfig, [TRAIN_TOML]), mutate_config, read_config(TrainConfig)),
     Reader("run-config", config_seeds(RunConfig, RUN_TOMLS), mutate_config, read_config(RunConfig)),

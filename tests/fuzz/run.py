@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "benchmarks")]
 
 COLUMNS = ("cases", "read", "refused", "crashes", "hangs", "other", "seconds")
-NAMES = ("beton", "votes", "subset", "scores", "checkpoint", "train-config", "run-config", "transfer-config",
+NAMES = ("beton", "votes", "subset", "scores", "losses", "checkpoint", "train-config", "run-config", "transfer-config",
          "resume", "report", "record", "list", "metrics", "info")  # fmt: skip
 
 

@@ -1,0 +1,56 @@
+"""Scores and logged losses under mutation: their seeds, and what must hold of what the readers return."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dp4tl_dist.data.losses import SampleLosses, load_losses, save_losses
+from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import make_meta
+from dp4tl_dist.prune.loss_scores import cld, forgetting
+from dp4tl_dist.prune.ranking import choose_samples
+from dp4tl_dist.prune.scores_file import Scores, load_scores, save_scores
+
+Files = dict[str, bytes]
+
+
+def scores_seeds(folder: Path) -> list[Files]:
+    rng, found = np.random.default_rng(1), []
+    for size, keeps in ((24, "highest"), (1, "middle"), (7, "lowest")):
+        meta = make_meta("scores", inputs={"source": "ef" * 16})
+        save_scores(folder / "x.npz", Scores(rng.standard_normal(size), "el2n", keeps, size == 7, meta))
+        found.append({"x.npz": (folder / "x.npz").read_bytes()})
+    return found
+
+
+def read_scores(folder: Path) -> Iterator[None]:
+    found = load_scores(folder / "x.npz")
+    assert len(found.scores) and np.isfinite(found.scores).all() and isinstance(found.meta, dict)
+    kept = choose_samples(found.scores, 0.5, rule=found.keeps)
+    assert len(kept) == max(1, (len(found.scores) + 1) // 2) and (np.diff(kept) > 0).all()
+    yield
+
+
+def losses_seeds(folder: Path) -> list[Files]:
+    rng, found = np.random.default_rng(2), []
+    for shape, classes in (((4, 24), 3), ((1, 1), 1), ((7, 5), 2)):
+        losses = rng.random(shape).astype(np.float32)
+        losses[rng.random(shape) < 0.2] = np.nan
+        val = rng.random((shape[0], classes)).astype(np.float32)
+        meta = make_meta("losses", inputs={"train": "ef" * 16})
+        save_losses(folder / "x.npz", SampleLosses(losses, losses < 0.5, val, meta))
+        found.append({"x.npz": (folder / "x.npz").read_bytes()})
+    return found
+
+
+def read_losses(folder: Path) -> Iterator[None]:
+    found = load_losses(folder / "x.npz")
+    labels = np.zeros(found.losses.shape[1], np.int64)
+    scores = forgetting(found, labels)
+    assert scores.min() >= 0 and scores.max() <= len(found.losses)
+    with contextlib.suppress(UserError):  # fewer validated epochs than it takes
+        scores = cld(found, labels)
+    assert np.isfinite(scores).all()
+    yield
