@@ -11,10 +11,11 @@ import torch
 from harness import Seconds
 from torch import Tensor, nn
 
-from dp4tl_dist.config import EngineConfig, OptimConfig
+from dp4tl_dist.config import AdversarialConfig, EngineConfig, OptimConfig
 from dp4tl_dist.data.loader import Batch
 from dp4tl_dist.models import build_model, normalise
 from dp4tl_dist.train import engine as engines
+from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.task import Supervised
 from dp4tl_dist.world import World, joined
 
@@ -35,13 +36,16 @@ def ours(arguments: argparse.Namespace, world: World) -> Callable[[], object]:
     """A step of this project's engine."""
     config = EngineConfig.model_validate(
         {
-            "kind": arguments.engine, "precision": arguments.precision, "compile": arguments.compile,
-            "channels_last": not arguments.contiguous,
+            "kind": arguments.engine, "zero": arguments.zero, "precision": arguments.precision,
+            "compile": arguments.compile, "channels_last": not arguments.contiguous,
         }
     )  # fmt: skip
-    task = Supervised(build_model(arguments.arch, CLASSES).train())
-    optim = OptimConfig(batch_size=arguments.batch_size)
-    engine = engines.DDPEngine(world, task, optim, config)
+    model, optim = build_model(arguments.arch, CLASSES).train(), OptimConfig(batch_size=arguments.batch_size)
+    task = Supervised(model)
+    if arguments.attack_steps:
+        attack = AdversarialConfig(steps=arguments.attack_steps, fast="fgsm" if arguments.fgsm else "none")
+        task = Adversarial(model, attack, seed=0, label_smoothing=0.0)
+    engine = engines.make_engine(world, task, optim, config)
     batch = draw(arguments, world)
     return lambda: engine.step(batch, lr=0.01)
 
@@ -113,6 +117,9 @@ def main() -> None:
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--contiguous", action="store_true")
     parser.add_argument("--engine", choices=("ddp", "deepspeed"), default="ddp")
+    parser.add_argument("--zero", type=int, choices=range(4), default=1, help="DeepSpeed's stage")
+    parser.add_argument("--attack-steps", type=int, default=0, help="train on images under PGD of so many steps")
+    parser.add_argument("--fgsm", action="store_true", help="the attack is FGSM from a random start")
     parser.add_argument("--reference", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)

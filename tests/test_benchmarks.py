@@ -80,6 +80,14 @@ def test_train_step(root: Path):
     assert content["skipped"] == {}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_engines(root: Path):
+    content = result(root, "engines.py", "--point", "resnet_tiny@32x4", "--steps", "1", "--device", "cpu")
+    check(content, cases=[["ddp", "zero0", "zero1", "zero2", "zero3"], ["plain", "fgsm", "pgd1", "pgd2", "pgd3"]])
+    assert all("per attack step, x plain" in row["facts"] for row in content["comparisons"][1]["rows"][1:])
+
+
 def test_train_step_refuses_what_it_does_not_know(root: Path):
     done = start(root, "train_step.py", "--points", "resnet18@large")
     assert done.returncode == 2 and "ARCH@SIDExBATCH" in done.stderr

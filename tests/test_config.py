@@ -180,6 +180,8 @@ VIT = {
     [
         ("resnet18-surrogate", "resnet18", SURROGATE),
         ("resnet101", "resnet101", {**SURROGATE, "batch_size": 256}),
+        ("lm-adv", "resnet101", {**SURROGATE, "batch_size": 256}),
+        ("zero1", "resnet101", {**SURROGATE, "batch_size": 256}),
         ("vit-b16", "vit_b_16", VIT),
     ],
 )
@@ -190,6 +192,15 @@ def test_presets_are_as_published(preset: str, arch: str, published: dict[str, A
     assert {key: getattr(optim, key) for key in published} == published
     check_arch(arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
     assert config.data.min_scale == 0.08 and config.data.flip
+
+
+def test_objectives_and_engines_of_presets() -> None:
+    task = load_config(TrainConfig, "lm-adv").task
+    assert (task.kind, task.adversarial.steps, task.adversarial.fast) == ("adversarial", 3, "none")
+    assert task.adversarial.eps == 3 / 255 and task.adversarial.step_size == pytest.approx(2 / 255, rel=1e-12)
+    engine = load_config(TrainConfig, "zero1").engine
+    assert (engine.kind, engine.zero) == ("deepspeed", 1)
+    assert load_config(TrainConfig, "resnet101").engine.kind == "ddp"
 
 
 def test_every_preset_loads() -> None:
