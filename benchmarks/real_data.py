@@ -21,14 +21,18 @@ from dp4tl_dist.files import read_json
 from dp4tl_dist.prune.votes_file import load_votes
 
 SHOWN = 10
+MANY_CLASSES = 20  # of a target: then all of its classes are shown together
 
 
 def votes_by_class(votes: Path, target: Path, names: dict[str, str]) -> dict[str, list[tuple[str, int]]]:
-    """For each target class, the `SHOWN` source classes that its images voted for most."""
+    """For each target class, the `SHOWN` source classes that its images voted for most; of many classes for all."""
     cast, beton = load_votes(votes), open_beton(target)
     result = {}
-    for label, name in enumerate(beton.classes):
-        counts = np.bincount(cast.predictions[beton.labels == label], minlength=len(cast.classes))
+    groups = {name: beton.labels == label for label, name in enumerate(beton.classes)}
+    if len(groups) > MANY_CLASSES:
+        groups = {f"all {len(groups)} classes": np.ones(beton.num_samples, bool)}
+    for name, members in groups.items():
+        counts = np.bincount(cast.predictions[members], minlength=len(cast.classes))
         first = np.argsort(-counts, kind="stable")[:SHOWN]
         result[name] = [(names.get(cast.classes[i], cast.classes[i]), int(counts[i])) for i in first if counts[i]]
     return result
@@ -54,12 +58,23 @@ def markdown(record: dict[str, Any]) -> str:
         f"Machine: {machine['cpu']}, {machine['cores']} cores; commit {record['git']['commit'][:12]}; {versions}",
         "",
     ]
+    surrogate = record["training"].get("surrogate", {})
+    if surrogate.get("val"):
+        lines += [
+            f"The surrogate reaches {100 * surrogate['val']['top1']:.1f} % top-1 on the source's validation set.",
+            "",
+        ]
     modes = list(record["arms"][0]["accuracy"])
     lines += ["| target | arm | source samples | pretrain s | total s (with selection) | speed-up | "
-              + " | ".join(f"{mode} top-1 %" for mode in modes) + " |",
-              "|---|---|---:|---:|---:|---:|" + "---:|" * len(modes)]  # fmt: skip
+              + " | ".join(f"{mode} top-1 % | to random" for mode in modes) + " |",
+              "|---|---|---:|---:|---:|---:|" + "---:|---:|" * len(modes)]  # fmt: skip
     for row in record["arms"]:
-        cells = [f"{row['accuracy'][mode]['mean']:.2f}" + _spread(row["accuracy"][mode]) for mode in modes]
+        cells = [
+            f"{row['accuracy'][mode]['mean']:.2f}"
+            + _spread(row["accuracy"][mode])
+            + f" | {to_random(record, row, mode)}"
+            for mode in modes
+        ]
         lines.append(
             f"| {row['target']} | {row['arm']} | {np.mean(row['samples']):.0f} | {row['pretrain_s']:.0f} | "
             f"{row['total_s']:.0f} | {row['speed_up']:.2f}x | {' | '.join(cells)} |"
@@ -70,6 +85,16 @@ def markdown(record: dict[str, Any]) -> str:
             f"- **{name}**: " + ", ".join(f"{source} {count}" for source, count in rows) for name, rows in table.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def to_random(record: dict[str, Any], row: dict[str, Any], mode: str) -> str:
+    """How far an arm is above the random arm of its size on the same target and seeds, in points; "" for others."""
+    size = row["arm"].partition("@")[2]
+    peers = [item for item in record["arms"] if item["target"] == row["target"] and item["arm"] == f"random@{size}"]
+    if not size or not peers or row["arm"].startswith("random"):
+        return ""
+    pairs = zip(row["accuracy"][mode]["values"], peers[0]["accuracy"][mode]["values"], strict=True)
+    return f"{np.mean([mine - other for mine, other in pairs]):+.2f}"
 
 
 def unplaced(value: Any) -> Any:
