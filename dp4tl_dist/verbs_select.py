@@ -127,7 +127,7 @@ def prune(verbs: Verbs) -> None:
     parser = add_verb(verbs, "prune", run_prune, "Choose the source samples to keep.")
     parser.add_argument("--source", type=Path, required=True, help="the source beton")
     parser.add_argument(
-        "--votes", type=Path, nargs="+", metavar="V.npz",
+        "--votes", type=Path, nargs="+", action="extend", metavar="V.npz",
         help="keep the classes with the most votes; of several files the votes count together",
     )  # fmt: skip
     parser.add_argument("--scores", type=Path, help="keep the samples that a scores file puts first")
@@ -144,7 +144,7 @@ def prune(verbs: Verbs) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--class-balanced", action=argparse.BooleanOptionalAction,
-        help="with --scores: the same share of every class, or not (default: as the method says)",
+        help="with --scores or --random samples: the same share of every class, or not (default: as the method says)",
     )  # fmt: skip
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(

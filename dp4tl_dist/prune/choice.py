@@ -131,8 +131,8 @@ def check_choice(choice: Choice) -> None:
         raise UserError("--list names what is kept: leave --keep, --keep-classes, --coverage and --like out")
     if choice.reverse and not ranks_classes and choice.scores is None:
         raise UserError("--reverse turns a ranking round: use it with --votes or --scores")
-    if choice.balanced is not None and (choice.scores is None or for_within):
-        raise UserError("--class-balanced is about --scores: with --random use --random balanced")
+    if choice.balanced is not None and (choice.scores is None or for_within) and choice.random != "samples":
+        raise UserError("--class-balanced is about single samples: use it with --scores or --random samples")
 
 
 def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
@@ -205,12 +205,13 @@ def _by_chance(beton: Beton, choice: Choice) -> Subset:
         chosen = select.random_choice(beton.num_classes, choice.amount.count(beton), seed=choice.seed)
         return _by_class(beton, "random-classes", chosen)
     share, total = choice.amount.share(beton, f"--random {choice.random}"), beton.num_samples
-    if choice.random == "samples":
+    balanced = choice.random == "balanced" or choice.balanced
+    if not balanced:
         kept = select.random_choice(total, select.count_for_share(total, share), seed=choice.seed)
     else:
         draw = select.random_keys(total, seed=choice.seed)
         kept = choose_samples(draw, share, rule="lowest", labels=beton.labels)
-    return Subset(kept, NO_GROUPS, (total - len(kept)) / total, f"random-{choice.random}")
+    return Subset(kept, NO_GROUPS, (total - len(kept)) / total, "random-balanced" if balanced else "random-samples")
 
 
 def _by_scores(beton: Beton, choice: Choice, scores: Scores) -> Subset:

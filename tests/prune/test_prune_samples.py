@@ -69,6 +69,8 @@ def test_random_balanced(source: Beton, tmp_path: Path) -> None:
     assert all(per_class(source, draw) == half and draw.method == "random-balanced" for draw in draws)
     assert draws[0].indices.tolist() == draws[1].indices.tolist() != draws[2].indices.tolist()
     assert draws[2].meta["seed"] == 1
+    same = kept(source, tmp_path, random="samples", keep=0.5, seed=1, balanced=True)
+    assert same.indices.tolist() == draws[2].indices.tolist() and same.method == "random-balanced"
 
 
 def test_within_classes(source: Beton, tmp_path: Path) -> None:
@@ -122,6 +124,9 @@ def test_on_the_command_line(source: Beton, tmp_path: Path) -> None:
     whole = [*where, "--keep", "0.2", "--votes", str(a), str(b), "--weights", "2,1", "--combine", "counts"]
     assert main(whole) == 0
     assert load_subset(tmp_path / "x.npz", beton=source).groups.tolist() == [0, 3]
+    again = [*where, "--keep", "0.2", "--votes", str(a), "--votes", str(b), "--weights", "2,1", "--combine", "counts"]
+    assert main(again) == 0
+    assert load_subset(tmp_path / "x.npz", beton=source).groups.tolist() == [0, 3]
     assert main([*whole, "--scores", str(scores), "--within-class", "el2n:0.5"]) == 0
     assert load_subset(tmp_path / "x.npz", beton=source).method == "lm+el2n:0.5"
     assert main([*where, "--keep", "0.2", "--scores", str(scores), "--class-balanced", "--reverse"]) == 0
@@ -142,7 +147,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"votes": "V", "within": ":0.5", "keep": 0.5}, "SCORES:SHARE"),
     ({"random": "samples", "within": "random:0.5", "keep": 0.5}, "--within-class"),
     ({"random": "balanced", "keep_classes": 2}, "--keep alone"),
-    ({"random": "samples", "keep": 0.5, "balanced": True}, "--random balanced"),
+    ({"random": "classes", "keep": 0.5, "balanced": True}, "--class-balanced"),
     ({"random": "samples", "keep": 0.5, "reverse": True}, "--reverse"),
     ({"scores": "V", "keep": 0.5}, "'scores' file is needed"),
     ({"votes": "S", "keep": 0.5}, "'votes' file is needed"),
