@@ -2,14 +2,26 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_study, verbs_train
 from dp4tl_dist.arguments import Parser
-from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, Stopped, UserError, one_line
+from dp4tl_dist.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    LostRank,
+    Stopped,
+    UserError,
+    one_line,
+)
 from dp4tl_dist.launcher import die_with_parent, report_error
 from dp4tl_dist.siblings import end_hung, stopped_ranks
 from dp4tl_dist.world import leave, lost_others
@@ -17,10 +29,20 @@ from dp4tl_dist.world import leave, lost_others
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 2 bad input, 75 stopped and saved, 1 a failure of its own."""
+    listens = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGUSR2, stop_at_once) if listens else None
     try:
         return carry_out(argv)
     finally:
+        if listens:
+            signal.signal(signal.SIGUSR2, before)
         leave()
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """What a cluster's stop signal means to a verb, or a moment, without a step to finish: its outputs are whole or not
+    there. Training listens for itself."""
+    raise Stopped("stopped with nothing half-written: run it again")
 
 
 def carry_out(argv: Sequence[str] | None) -> int:
@@ -45,10 +67,12 @@ def carry_out(argv: Sequence[str] | None) -> int:
             time.sleep(1)  # the rank that is the cause speaks first
             line = str(error).strip().splitlines()[0]
             if hung := ", ".join(map(str, stopped_ranks())):
-                return fail(
-                    EXIT_FAILURE, f"rank {hung} is stopped (SIGSTOP, or a debugger) and did not answer ({line})"
-                )
-            return fail(EXIT_FAILURE, f"another rank ended, or does not answer any more ({line})", consequence=True)
+                text = f"rank {hung} is stopped (SIGSTOP, or a debugger) and did not answer ({line})"
+                return fail(EXIT_FAILURE, text, lost=True)
+            text = f"another rank ended, or does not answer any more ({line})"
+            return fail(EXIT_FAILURE, text, consequence=True, lost=True)
+        if isinstance(error, LostRank):
+            return fail(EXIT_FAILURE, str(error), lost=True)
         return fail(EXIT_FAILURE, out_of_memory(error) or f"{error or type(error).__name__}")
     except Exception as error:  # a defect: show where, and still tell whoever started this rank
         traceback.print_exc()
@@ -66,10 +90,10 @@ def out_of_memory(error: BaseException) -> str:
     return ""
 
 
-def fail(code: int, message: str, *, kind: str = "error", consequence: bool = False) -> int:
+def fail(code: int, message: str, *, kind: str = "error", consequence: bool = False, lost: bool = False) -> int:
     """Print one line, leave it for whoever started this rank, and return the code."""
     message = one_line(message)
-    report_error(code, message, consequence=consequence)
+    report_error(code, message, consequence=consequence, lost=lost)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     # Bad input is bad on every rank alike, and a stop is agreed: one line is enough.
     if rank != "0" and code == EXIT_BAD_INPUT:

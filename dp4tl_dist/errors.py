@@ -36,6 +36,10 @@ class Stopped(Exception):
     """A signal asked the run to end, and everything is saved. Exit code 75."""
 
 
+class LostRank(RuntimeError):
+    """A stage's ranks ended since one of them was lost, without an error of its own. Trying again may do."""
+
+
 def one_of(name: str, value: str, known: "dict[str, object] | list[str] | tuple[str, ...]") -> str:
     """`value` if it is one of `known`, else a UserError that lists the known ones."""
     if value not in known:

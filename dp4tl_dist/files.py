@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dp4tl_dist import __version__
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.machine import hardware
+from dp4tl_dist.version import commit
 
 MAX_JSON_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 64 << 30
@@ -146,6 +147,7 @@ def make_meta(
     return {
         "kind": kind,
         "version": __version__,
+        "commit": commit(),
         "command": shlex.join(["dp4tl", *sys.argv[1:]]),
         "config": config,
         "seed": seed,

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, Stopped, UserError
+from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, LostRank, Stopped, UserError
 from dp4tl_dist.log import on_terminal, say
 
 ERROR_FILE = "DP4TL_ERROR_FILE"
@@ -32,21 +32,29 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def report_error(code: int, message: str, *, consequence: bool = False) -> None:
+def report_error(code: int, message: str, *, consequence: bool = False, lost: bool = False) -> None:
     """Leave an error for the process that started this stage; the first rank to fail wins.
 
-    consequence: whether it only tells that another rank is gone.
+    consequence: whether it only tells that another rank is gone. lost: whether a rank was lost without a word.
     """
     path = os.environ.get(ERROR_FILE)
     if path:
         with contextlib.suppress(FileExistsError), open(path, "x") as handle:
-            json.dump({"code": code, "message": message, "consequence": consequence}, handle)
+            json.dump({"code": code, "message": message, "consequence": consequence, "lost": lost}, handle)
+
+
+def uses_srun() -> bool:
+    return os.environ.get("DP4TL_LAUNCHER") == "srun"
 
 
 def command(argv: Sequence[str], nproc: int) -> list[str]:
-    """The command line of a stage on `nproc` ranks of this machine."""
+    """The command line of a stage on `nproc` ranks: of this machine, or of the SLURM job that asks for srun."""
+    stage = [sys.executable, "-m", "dp4tl_dist", *argv]
+    if uses_srun():
+        # The job is granted: what was said of its tasks when it was submitted need not hold for a stage of one rank.
+        return ["srun", "--kill-on-bad-exit=1", f"--ntasks={nproc}", *(["--nodes=1"] if nproc == 1 else []), *stage]
     if nproc == 1:
-        return [sys.executable, "-m", "dp4tl_dist", *argv]
+        return stage
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0"]
     return [sys.executable, *torchrun, "-m", "dp4tl_dist", *argv]
 
@@ -81,7 +89,9 @@ class StageProcess:
         """Raise what the stage ended with: UserError, Stopped or RuntimeError. Nothing where it is done."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch, open(self.log, "a") as log:
+        # Where ranks of other nodes find it, too.
+        where = self.log.parent if uses_srun() else None
+        with tempfile.TemporaryDirectory(dir=where) as scratch, open(self.log, "a") as log:
             error_file = Path(scratch) / "error.json"
             cores = len(os.sched_getaffinity(0))
             environ = {"OMP_NUM_THREADS": str(max(1, cores // self.nproc)), **os.environ, ERROR_FILE: str(error_file)}
@@ -109,7 +119,8 @@ class StageProcess:
         if not error or error["consequence"]:
             message = killed(code, self.tail) or message
         last = message or next((line for line in reversed(self.tail) if line.strip()), f"exit code {code}")
-        raise RuntimeError(f"{self.name} failed: {last} (log: {self.log})")
+        kind = LostRank if not error or error["lost"] else RuntimeError
+        raise kind(f"{self.name} failed: {last} (log: {self.log})")
 
     @contextlib.contextmanager
     def _forwarding(self, process: "subprocess.Popen[str]") -> Iterator[None]:

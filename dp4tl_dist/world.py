@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.nodes import expand_nodes, interface_towards, peer_node, slurm_port
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 Result = TypeVar("Result")
-FIRST_PORT = 20_000
-NUM_PORTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -75,35 +74,6 @@ def detect(environ: Mapping[str, str]) -> World:
     return World()
 
 
-def slurm_port(environ: Mapping[str, str]) -> int:
-    """A port keyed by job, step and restart count, so that a requeued job never meets its former self."""
-    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
-    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
-    return FIRST_PORT + (job * 37 + step * 7 + restarts) % NUM_PORTS
-
-
-def expand_nodes(text: str) -> list[str]:
-    """The hosts that a SLURM node list names: "a[1-3,7],b" -> a1 a2 a3 a7 b."""
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text + ","):
-        depth += (char == "[") - (char == "]")
-        if char == "," and depth == 0:
-            parts.append((text + ",")[start:i])
-            start = i + 1
-    hosts = []
-    for part in parts:
-        head, bracket, rest = part.partition("[")
-        if not bracket:
-            hosts.append(part)
-            continue
-        inner, _, tail = rest.partition("]")
-        for item in inner.split(","):
-            low, _, high = item.partition("-")
-            for number in range(int(low), int(high or low) + 1):
-                hosts += [head + str(number).zfill(len(low)) + end for end in expand_nodes(tail) or [""]]
-    return [host for host in hosts if host] if text else []
-
-
 def _require(environ: Mapping[str, str], names: tuple[str, ...], whose: str) -> None:
     missing = [name for name in names if name not in environ]
     if missing:
@@ -146,6 +116,10 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
     if world.num_ranks == 1:
         yield world
         return
+    if world.launcher == "slurm" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(peer_node(os.environ))
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",

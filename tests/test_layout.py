@@ -17,7 +17,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "config", "config_file", "files", "__init__", "machine", "siblings"),
+    ("errors", "config", "config_file", "files", "__init__", "machine", "siblings", "nodes", "version"),
     ("world",),
     ("log", "models", "recipes", "train.checkpoint"),
     ("data",),
@@ -27,7 +27,7 @@ LEVELS = (
     ("influence",),
     ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
     ("report",),
-    ("launcher", "records", "table", "info", "doctor", "pipeline", "advise"),
+    ("launcher", "records", "table", "info", "doctor", "pipeline", "advise", "stage_job", "jobs"),
     ("sweep_table", "sweep_surrogates", "sweep_files"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),

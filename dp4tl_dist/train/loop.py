@@ -1,6 +1,7 @@
 """The one training loop: fit(job) -> epoch -> engine.step(batch) -> task(batch)["loss"]."""
 
 import contextlib
+import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from dp4tl_dist.data.order import epoch_order, rank_batches
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say
+from dp4tl_dist.nodes import seconds_to_stop
 from dp4tl_dist.schedule import learning_rate
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import make_engine
 from dp4tl_dist.train.evaluate import Score, evaluate
 from dp4tl_dist.train.job import Job
+from dp4tl_dist.train.owner import Owner
 from dp4tl_dist.train.saver import Saver
 from dp4tl_dist.train.signals import Agreement, StopFlag
 from dp4tl_dist.world import World, all_max, all_sum
@@ -53,6 +56,7 @@ class Fit:
         self.engine = make_engine(world, job.task, job.optim, job.engine)
         self.at = Progress()
         self.metrics: Metrics | None = None
+        self.owner = Owner(job.out)
         self.saver = Saver(background=world.device != "cpu")
         self.started = time.monotonic()
         self.said_at = -EPOCH_LINE_EVERY_S
@@ -72,9 +76,10 @@ class Fit:
         watch.open_losses(self)
         self.started = time.monotonic() - self.at.seconds
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag())
+            stop = stack.enter_context(StopFlag(seconds_to_stop(os.environ) if self.world.is_main else None))
             self.agreement = Agreement(self.world, stop, save_every_s=job.checkpoint.every_minutes * 60)
             if self.world.is_main:
+                self.owner.claim()
                 self.metrics = stack.enter_context(Metrics(job.out, step=self.at.step, tensorboard=job.log.tensorboard))
                 if self.at.moved:
                     self.metrics.write(

@@ -1,6 +1,7 @@
 """Asking a run to stop, and agreeing on it: the signal sets a flag, all ranks act on it at the end of the same step."""
 
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,22 +15,34 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopFlag:
-    """Set by SIGUSR2 or SIGTERM while the block runs; the handlers of before are restored afterwards."""
+    """Set by SIGUSR2 or SIGTERM while the block runs; the handlers of before are restored afterwards.
 
-    def __init__(self) -> None:
+    after_s: seconds after which it sets itself, for a job's time limit; None for never.
+    """
+
+    def __init__(self, after_s: float | None = None) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._timer = None if after_s is None else threading.Timer(max(0.0, after_s), self._expire)
+
+    def _expire(self) -> None:
+        self.asked = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        if self._timer:
+            self._timer.daemon = True
+            self._timer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._timer:
+            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -33,6 +33,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     `must_succeed` the checkpoint is whole on return, or it is a UserError on every rank.
     """
     job, world, meta = fit.job, fit.world, fit.meta()
+    if world.is_main:
+        fit.owner.check()
     shared, own_share = fit.engine.optimizer_state()
     own = own_state(fit, own_share)
     everyone: list[Any] = [own]
@@ -43,6 +45,7 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
 
     def write(content: dict[str, Any]) -> None:
         assert fit.metrics is not None
+        fit.owner.check()
         fit.metrics.save()
         if job.losses:
             job.losses.save()

@@ -43,6 +43,7 @@ def log_step(fit: "Fit", epoch: int, *, lr: float, side: int, rate: float, waite
     at.since_log = []
     gather_losses(fit)
     if fit.metrics:
+        fit.owner.check()
         fit.metrics.write(
             "step", step=at.step, epoch=epoch, loss=loss, lr=lr, resolution=side,
             images_per_s=round(rate, 1), data_wait=round(waited, 4), num_ranks=fit.world.num_ranks,
@@ -79,4 +80,5 @@ def log_order(fit: "Fit", batch: Batch) -> None:
     else:
         parts = [mine]
     if fit.metrics:
+        fit.owner.check()
         fit.metrics.order.add({"step": fit.at.step, "identifiers": torch.cat(parts).tolist()})
