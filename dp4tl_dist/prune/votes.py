@@ -74,8 +74,10 @@ def lm_tally(logits: Tensor) -> Tally:
     """
     mass = logits.double().softmax(dim=1)
     predictions = logits.argmax(dim=1)
-    votes = torch.bincount(predictions, minlength=logits.shape[1])
-    return Tally(votes, to_units(mass).sum(dim=0), predictions, largest(mass))
+    votes, top = torch.bincount(predictions, minlength=logits.shape[1]), largest(mass)
+    # A term is at most 2^30 units: float64 adds up to 2^23 such whole numbers exactly, and faster than int64 does.
+    units = mass.div_(UNIT).round_().sum(dim=0).long()
+    return Tally(votes, units, predictions, top)
 
 
 def fm_tally(features: Tensor, centres: Tensor) -> Tally:
