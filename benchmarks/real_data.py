@@ -1,6 +1,6 @@
 """Makes the record of a finished `dp4tl run` on real images: accuracy and time of every arm, and who voted for what.
 
-    python benchmarks/real_data.py RUN_DIR [--names labels.csv] [--record NAME]
+    python benchmarks/real_data.py RUN_DIR [--beside LABEL=RUN_DIR] [--names labels.csv] [--record NAME]
 
 `--names` is a CSV whose first two columns are a class folder's name and what people call it.
 """
@@ -38,10 +38,10 @@ def votes_by_class(votes: Path, target: Path, names: dict[str, str]) -> dict[str
     return result
 
 
-def training(run: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """What each training stage's last checkpoint says of itself."""
+def training(run: Path) -> dict[str, dict[str, Any]]:
+    """What the last checkpoint of the surrogate and of each pretraining says of itself."""
     found = {}
-    for name in names:
+    for name in ["surrogate", *(f"pretrain/{item.name}" for item in sorted((run / "pretrain").iterdir()))]:
         folder = run / name
         meta = read_json(sorted((folder / "checkpoints").glob("step_*/meta.json"))[-1])
         kept = ("num_samples", "samples_seen", "seconds", "val", "restarts", "num_ranks")
@@ -65,9 +65,11 @@ def markdown(record: dict[str, Any]) -> str:
             "",
         ]
     modes = list(record["arms"][0]["accuracy"])
+    robust = list(record["arms"][0].get("robust", ()))
     lines += ["| target | arm | source samples | pretrain s | total s (with selection) | speed-up | "
-              + " | ".join(f"{mode} top-1 % | to random" for mode in modes) + " |",
-              "|---|---|---:|---:|---:|---:|" + "---:|---:|" * len(modes)]  # fmt: skip
+              + " | ".join([f"{mode} top-1 % | to random" for mode in modes] + [f"{mode} robust %" for mode in robust])
+              + " |",
+              "|---|---|---:|---:|---:|---:|" + "---:|---:|" * len(modes) + "---:|" * len(robust)]  # fmt: skip
     for row in record["arms"]:
         cells = [
             f"{row['accuracy'][mode]['mean']:.2f}"
@@ -75,9 +77,11 @@ def markdown(record: dict[str, Any]) -> str:
             + f" | {to_random(record, row, mode)}"
             for mode in modes
         ]
+        cells += [f"{row['robust'][mode]['mean']:.2f}" + _spread(row["robust"][mode]) for mode in robust]
+        speed_up = f"{row['speed_up']:.2f}x" if row["speed_up"] else "-"
         lines.append(
             f"| {row['target']} | {row['arm']} | {np.mean(row['samples']):.0f} | {row['pretrain_s']:.0f} | "
-            f"{row['total_s']:.0f} | {row['speed_up']:.2f}x | {' | '.join(cells)} |"
+            f"{row['total_s']:.0f} | {speed_up} | {' | '.join(cells)} |"
         )
     for target, table in record["votes"].items():
         lines += ["", f"Votes by class of {target} (the ten source classes with the most; number of images):", ""]
@@ -113,6 +117,8 @@ def _spread(cell: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--beside", action="append", default=[], metavar="LABEL=RUN_DIR",
+                        help="add the rows of another run, whose arms get the label")  # fmt: skip
     parser.add_argument("--names", type=Path)
     parser.add_argument("--note", default="", help="what a reader should know")
     parser.add_argument("--command", default="", help="the command that made RUN_DIR, as others would type it")
@@ -132,11 +138,17 @@ def main() -> None:
         for votes in sorted((args.run / "votes").glob(f"vote-*-{target}.npz"))
     }
     now = datetime.datetime.now(datetime.timezone.utc)
-    runs = ["surrogate", *(f"pretrain/{item.name}" for item in sorted((args.run / "pretrain").iterdir()))]
+    trained = training(args.run)
+    configs = {}
+    for label, _, folder in (text.partition("=") for text in args.beside):
+        run = Path(folder)
+        rows += [{**row, "arm": f"{row['arm']} {label}"} for row in read_json(run / "results.json")]
+        trained |= {f"{label}/{name}": found for name, found in training(run).items() if name != "surrogate"}
+        configs[label] = unplaced(read_json(run / "config.json"))
     record = {
         "name": args.record or args.run.name, "date": now.isoformat(timespec="seconds"), "note": args.note,
         "command": args.command, "config": unplaced(config), "arms": rows,
-        "training": training(args.run, runs), "votes": voted,
+        "configs_beside": configs, "training": trained, "votes": voted,
         "machine": harness.machine() | {"load_at_end": os.getloadavg()}, "versions": harness.versions(),
         "git": harness.git(),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from dp4tl_dist.report.tables import Table
 CURVES = (
     ("loss", "training loss", 1.0),
     ("val_top1", "validation accuracy, %", 100.0),
+    ("val_robust_top1", "validation accuracy under attack, %", 100.0),
     ("lr", "learning rate", 1.0),
     ("resolution", "resolution, px", 1.0),
     ("images_per_s", "images/s", 1.0),
