@@ -22,7 +22,7 @@ from dp4tl_dist.config_file import (
 
 __all__ = [
     "MAX_TOML_BYTES", "PRESETS", "AdversarialConfig", "CheckpointConfig", "Count", "DataConfig", "EngineConfig",
-    "LogConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table",
+    "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table",
     "TaskConfig", "TrainConfig", "apply_overrides", "find_config", "load_config", "read_toml", "validate",
 ]  # fmt: skip
 
@@ -78,11 +78,39 @@ class AdversarialConfig(Table):
     """Validation reports accuracy under PGD-10 of the same radius, too."""
 
 
+class MocoConfig(Table):
+    """Momentum contrast, version 2."""
+
+    queue: Count = 65_536
+    """Keys of former batches that each query is held against; a multiple of the global batch."""
+    temperature: Positive = 0.2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of the key encoder: how much of it stays at each step."""
+    dim: Count = 128
+    """Length of queries and keys."""
+    min_scale: Share = 0.2
+    """Smallest share of the square that a view takes."""
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Strength of the changes of brightness, contrast and saturation; of the hue a quarter."""
+    grayscale: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the views that lose their colours."""
+    blur: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the views that are blurred."""
+    canvas: Annotated[float, Field(ge=1, le=4)] = 4 / 3
+    """Side of the squares that views are cut from, in sides of a view."""
+    bn_groups: Count = 1
+    """Parts of a rank's shuffled keys that batch norm sees one at a time. Raise it on one rank, where there is no other
+    rank to shuffle with."""
+    neighbours: Count = 20
+    """Of the kNN probe."""
+
+
 class TaskConfig(Table):
     """What is learnt."""
 
-    kind: Literal["supervised", "adversarial"] = "supervised"
+    kind: Literal["supervised", "adversarial", "moco"] = "supervised"
     adversarial: AdversarialConfig = AdversarialConfig()
+    moco: MocoConfig = MocoConfig()
 
 
 class OptimConfig(Table):

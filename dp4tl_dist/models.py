@@ -122,10 +122,12 @@ def replace_head(model: nn.Module, num_classes: int) -> nn.Linear:
     return fresh
 
 
-def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass: logits (batch, classes) and what goes into the head (batch, dim)."""
+def logits_and_features(model: nn.Module, images: Tensor, *, head: str = "") -> tuple[Tensor, Tensor]:
+    """One pass: logits (batch, classes) and what goes into the head (batch, dim). `head` names it where it is known."""
     caught: list[Tensor] = []
-    hook = model.get_submodule(head_name(model)).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    hook = model.get_submodule(head or head_name(model)).register_forward_pre_hook(
+        lambda _, inputs: caught.append(inputs[0])
+    )
     try:
         logits = model(images)
     finally:

@@ -124,7 +124,8 @@ def build_module(arch: str, folder: Path, num_classes: int, config: TransferConf
     model = build_model(arch, len(checkpoint.read_meta(folder)["classes"]))
     head = head_name(model)
     weights = checkpoint.load_weights(folder)
-    if model.state_dict().keys() != weights.keys():
+    names = model.state_dict().keys()
+    if weights.keys() not in (names, names - checkpoint.head_keys(model)):
         raise UserError(f"{folder} does not hold a {arch}: its tensors have other names")
     backbone = {name: value for name, value in weights.items() if not name.startswith(head + ".")}
     missing, unexpected = model.load_state_dict(backbone, strict=False)

@@ -24,14 +24,19 @@ def _mix(key: NDArray[np.uint64], value: ArrayLike) -> NDArray[np.uint64]:
     return word ^ (word >> np.uint64(31))
 
 
+def stream_key(*, seed: int, epoch: int, view: int) -> NDArray[np.uint64]:
+    """What the hashes of one view of one epoch start from, uint64 (1,)."""
+    key = np.zeros(1, dtype=np.uint64)
+    for value in (seed & _MASK, epoch, view):
+        key = _mix(key, value)
+    return key
+
+
 def uniform(
     identifiers: NDArray[np.integer], draws: ArrayLike, *, seed: int, epoch: int, view: int = 0
 ) -> NDArray[np.float64]:
     """float64 (n, number of draws) in [0, 1) for int identifiers (n,); a function of the arguments alone."""
-    key = np.zeros(1, dtype=np.uint64)
-    for value in (seed & _MASK, epoch, view):
-        key = _mix(key, value)
-    keys = _mix(key, np.asarray(identifiers).astype(np.uint64))
+    keys = _mix(stream_key(seed=seed, epoch=epoch, view=view), np.asarray(identifiers).astype(np.uint64))
     words = _mix(keys[:, None], np.atleast_1d(np.asarray(draws)))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -75,6 +80,23 @@ def train_boxes(
 def train_flips(identifiers: NDArray[np.integer], *, seed: int, epoch: int, view: int = 0) -> NDArray[np.bool_]:
     """bool (n,): which images to mirror, each with probability one half."""
     return uniform(identifiers, DRAW_FLIP, seed=seed, epoch=epoch, view=view)[:, 0] < 0.5
+
+
+def square_boxes(
+    heights: NDArray[np.integer],
+    widths: NDArray[np.integer],
+    identifiers: NDArray[np.integer],
+    *,
+    seed: int,
+    epoch: int,
+) -> NDArray[np.int32]:
+    """The largest squares, somewhere along the longer side: int32 (n, 4), each (top, left, side, side)."""
+    height, width = np.asarray(heights).astype(np.int64), np.asarray(widths).astype(np.int64)
+    side = np.minimum(height, width)
+    draws = uniform(identifiers, [DRAW_TOP, DRAW_LEFT], seed=seed, epoch=epoch)
+    top = np.floor(draws[:, 0] * (height - side + 1)).astype(np.int64)
+    left = np.floor(draws[:, 1] * (width - side + 1)).astype(np.int64)
+    return np.stack([top, left, side, side], axis=1).astype(np.int32)
 
 
 def centre_boxes(heights: NDArray[np.integer], widths: NDArray[np.integer], *, ratio: float) -> NDArray[np.int32]:

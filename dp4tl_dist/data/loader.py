@@ -75,6 +75,26 @@ class CentreView:
         return boxes, np.zeros(len(batch), dtype=np.bool_)
 
 
+@dataclass(frozen=True)
+class SquareView:
+    """The largest square of each image, at a place that is a function of (seed, epoch, identifier): what several views
+    are cut from on the device."""
+
+    resolution: int
+    seed: int
+    epoch: int
+
+    def draw(self, beton: Beton, batch: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Boxes int32 (n, 4) and flips bool (n,), all False, for the samples at those positions."""
+        boxes = augment.square_boxes(
+            beton.heights[batch], beton.widths[batch], beton.identifiers[batch], seed=self.seed, epoch=self.epoch
+        )
+        return boxes, np.zeros(len(batch), dtype=np.bool_)
+
+
+View = TrainView | CentreView | SquareView
+
+
 class BetonLoader:
     """Loads batches of one beton.
 
@@ -102,7 +122,7 @@ class BetonLoader:
         # Threads that live as long as the loader: libffcv keeps a decoder for each thread that it ever saw.
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: View) -> Generator[Batch, None, None]:
         """One Batch for each array of positions, in that order; the arrays may have any lengths.
 
         Raises UserError at once for positions that repeat or are not in the file; from the step that meets it
@@ -115,7 +135,7 @@ class BetonLoader:
         ends = np.cumsum([len(batch) for batch in batches])
         return self._run(np.split(positions, ends[:-1]), view)
 
-    def _run(self, batches: list[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
+    def _run(self, batches: list[NDArray[np.int64]], view: View) -> Generator[Batch, None, None]:
         if not batches:
             return
         steps = Steps(self._plan(max(map(len, batches)), view), batches)
@@ -146,7 +166,7 @@ class BetonLoader:
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _plan(self, batch_size: int, view: TrainView | CentreView) -> SimpleNamespace:
+    def _plan(self, batch_size: int, view: View) -> SimpleNamespace:
         """What FFCV's epoch takes from its loader: the stages, the sizes and the source of pages."""
         decoder = decode.CropDecoder(
             self.beton, view, pool=self._pool, num_workers=self.num_workers, skipped=self._skipped

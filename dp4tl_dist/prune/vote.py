@@ -153,6 +153,8 @@ def _inputs(
     trained_on = meta["inputs"].get("train")
     if method == "lm" and source is not None:
         check_fingerprint("source", trained_on, source.fingerprint, expected_from=path, actual_from=source.path)
+    if method == "lm" and not meta["has_head"]:
+        raise UserError(f"the checkpoint {path} was trained without labels and knows no classes: use --method fm")
     if method == "lm" and trained_on is None:
         raise UserError(f"the checkpoint {path} does not say what it was trained on: train it again with `dp4tl train`")
     return {

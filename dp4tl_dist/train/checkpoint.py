@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import atomic_folder, digest_file, read_json
 from dp4tl_dist.log import warn
-from dp4tl_dist.models import build_model
+from dp4tl_dist.models import build_model, head_name
 
 NAME = re.compile(r"step_(\d{9})")
 FILES = ("weights.safetensors", "state.pt")
@@ -153,9 +153,15 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_into(model: nn.Module, folder: Path) -> None:
-    """Fill `model` with a checkpoint's weights; another architecture or number of classes is a UserError."""
+def load_into(model: nn.Module, folder: Path, *, fresh_head: bool = False) -> bool:
+    """Fill `model` with a checkpoint's weights; another architecture or number of classes is a UserError.
+
+    A checkpoint of self-supervised training has no head: with `fresh_head` the model's own is left as it is, and the
+    result is False.
+    """
     weights, own = load_weights(folder), model.state_dict()
+    if fresh_head and own.keys() - weights.keys() == head_keys(model):
+        own = {name: tensor for name, tensor in own.items() if name not in head_keys(model)}
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
         first = (missing or unknown)[0]
@@ -169,11 +175,18 @@ def load_into(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} has shape {list(weights[name].shape)}, and {list(tensor.shape)} is needed: "
                 "another architecture or number of classes"
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=not fresh_head)
+    return len(own) == len(model.state_dict())
+
+
+def head_keys(model: nn.Module) -> set[str]:
+    """The names of the head's tensors."""
+    head = head_name(model)
+    return {f"{head}.{name}" for name in model.get_submodule(head).state_dict()}
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that a checkpoint (or run folder) holds, on the CPU, and the checkpoint's meta."""
+    """The model that a checkpoint (or run folder) holds, on the CPU, and the checkpoint's meta with "has_head"."""
     folder = resolve(path)
     meta = read_meta(folder)
     try:
@@ -184,5 +197,4 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not isinstance(arch, str) or not classes or not named:
         raise UserError(f"{folder}/meta.json names no network or no classes: not a checkpoint of a model")
     model = build_model(arch, len(classes))
-    load_into(model, folder)
-    return model, meta
+    return model, {**meta, "has_head": load_into(model, folder, fresh_head=True)}

@@ -1,15 +1,20 @@
 """What a training run is given: the objective, the samples, the recipe, and where its results go."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig
+from dp4tl_dist.data.loader import TrainView, View
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.schedule import Plan
-from dp4tl_dist.train.evaluate import Split
+from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.loss_log import LossLog
 from dp4tl_dist.train.task import Task
+
+Evaluate = Callable[..., Score]
+"""As `evaluate`: (task, engine, world, split, view) -> Score."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Job:
     engine: EngineConfig
     log: LogConfig
     checkpoint: CheckpointConfig
-    augment: bool = True
-    """False trains on the centre view (what cached features are made of)."""
+    views: Callable[[int, int], View] | None = None
+    """(side, epoch) -> what to decode, where that is not a random crop."""
+    evaluate: Evaluate = evaluate
+    """What validation is."""
     label: str = "train"
     losses: LossLog | None = None
     """Logs the loss of every sample."""
@@ -38,6 +45,12 @@ class Job:
     @property
     def plan(self) -> Plan:
         return Plan(len(self.train.kept), self.optim)
+
+    def view(self, side: int, epoch: int) -> View:
+        """What to decode for training in `epoch`, at crops of `side`."""
+        if self.views:
+            return self.views(side, epoch)
+        return TrainView(side, self.seed, epoch, self.data.min_scale, self.data.flip)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dp4tl_dist.data.loader import IGNORED, Batch, CentreView, TrainView
+from dp4tl_dist.data.loader import IGNORED, Batch, CentreView
 from dp4tl_dist.data.order import epoch_order, rank_batches
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
@@ -20,7 +20,7 @@ from dp4tl_dist.schedule import learning_rate
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.engine import make_engine
-from dp4tl_dist.train.evaluate import Score, evaluate
+from dp4tl_dist.train.evaluate import Score
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.owner import Owner
 from dp4tl_dist.train.saver import Saver
@@ -147,10 +147,7 @@ class Fit:
             rank=self.world.rank,
             drop_first=done,
         )
-        view: TrainView | CentreView = CentreView(side, job.optim.val_ratio)
-        if job.augment:
-            view = TrainView(side, seed=job.seed, epoch=epoch, min_scale=job.data.min_scale, flip=job.data.flip)
-        return job.train.source.epoch(list(mine), view)
+        return job.train.source.epoch(list(mine), job.view(side, epoch))
 
     def _validate(self, epoch: int, loss: float, rate: float) -> bool:
         """Validate where it is due, write the epoch's line, and tell whether the model was never better."""
@@ -160,7 +157,8 @@ class Fit:
             view = CentreView(job.optim.val_resolution, job.optim.val_ratio)
             observe = job.losses.add_validation if job.losses else None
             self.engine.collect()
-            score = evaluate(job.task, self.engine, self.world, job.val, view, observe=observe)
+            more = {"observe": observe} if observe else {}
+            score = job.evaluate(job.task, self.engine, self.world, job.val, view, **more)
             if job.losses:
                 job.losses.end_validation(self.world, epoch)
         self.at.val = None if score is None else score.values()

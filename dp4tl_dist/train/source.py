@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dp4tl_dist.data.loader import Batch, CentreView, TrainView
+from dp4tl_dist.data.loader import Batch, View
 
 
 class Source(Protocol):
     """`dp4tl_dist.data.loader.BetonLoader` is one."""
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: View) -> Generator[Batch, None, None]:
         """One Batch for each array of positions, in that order."""
         ...
 
@@ -25,7 +25,7 @@ class FeatureSource:
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = features, labels
 
-    def epoch(self, batches: Sequence[NDArray[np.int64]], view: TrainView | CentreView) -> Generator[Batch, None, None]:
+    def epoch(self, batches: Sequence[NDArray[np.int64]], view: View) -> Generator[Batch, None, None]:
         """Views make no difference: the features are those of one view."""
         for positions in batches:
             index = torch.from_numpy(np.ascontiguousarray(positions)).to(self.features.device)

@@ -52,11 +52,12 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
         checkpoint.save(folder, **content, meta=meta)
         checkpoint.prune_old(job.out, keep=job.checkpoint.keep, step=step)
 
+    extra = job.task.extra()
     with averaged_buffers(job.task.module, world):
         if world.is_main:
             where = {key: meta[key] for key in ("epoch", "step", "samples_seen")}
-            state = {"optimizer": shared, "ranks": everyone, **where}
-            fit.saver.save(folder, write, {"weights": job.task.module.state_dict(), "state": state})
+            state = {"optimizer": shared, "ranks": everyone, "task": extra, **where}
+            fit.saver.save(folder, write, {"weights": job.task.weights(), "state": state})
     if must_succeed:
         failure = [fit.saver.wait()]
         if world.num_ranks > 1:
@@ -92,8 +93,9 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     meta = checkpoint.read_meta(folder)
     with fitting(folder):
         check_same_run(fit, meta)
-        checkpoint.load_into(job.task.module, folder)
-        restore(fit, meta, checkpoint.load_state(folder))
+        state = checkpoint.load_state(folder)
+        job.task.restore(folder, state["task"])
+        restore(fit, meta, state)
     if world.is_main and not meta["complete"]:
         other = f" (saved by {meta['num_ranks']} ranks)" if fit.at.moved else ""
         warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")

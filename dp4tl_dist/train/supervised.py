@@ -22,10 +22,12 @@ from dp4tl_dist.models import build_model, check_arch
 from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.engine import check_engine
-from dp4tl_dist.train.evaluate import Split
+from dp4tl_dist.train.evaluate import Split, evaluate
 from dp4tl_dist.train.job import Job
+from dp4tl_dist.train.knn import probe
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.loss_log import WORKING, LossLog
+from dp4tl_dist.train.moco import Moco
 from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
 
@@ -66,12 +68,14 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     model = build_model(config.model.arch, train_beton.num_classes)
     if config.model.init:
         folder = resolve(Path(config.model.init))
-        load_into(model, folder)
+        load_into(model, folder, fresh_head=True)
         inputs["init"] = digest_file(folder / "meta.json")
-    task = make_task(config, model)
+    task = make_task(config, model, world)
     job = Job(
         out=out,
         task=task,
+        views=task.square if isinstance(task, Moco) else None,
+        evaluate=probe if isinstance(task, Moco) else evaluate,
         train=train_split,
         val=val_split,
         classes=train_beton.classes,
@@ -105,11 +109,17 @@ def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:
     return optim.model_copy(update={"steps": steps}), beton.fingerprint
 
 
-def make_task(config: TrainConfig, model: nn.Module) -> Task:
+def make_task(config: TrainConfig, model: nn.Module, world: World) -> Task:
     """The objective that `task.kind` names, over `model`."""
     if config.task.kind == "adversarial":
         smoothing = config.train.label_smoothing
         return Adversarial(model, config.task.adversarial, seed=config.seed, label_smoothing=smoothing)
+    optim = config.train
+    if config.task.kind == "moco":
+        return Moco(
+            model, config.task.moco, world, seed=config.seed, batch_size=optim.batch_size, parts=optim.accumulate,
+            flip=config.data.flip,
+        )  # fmt: skip
     return Supervised(model, label_smoothing=config.train.label_smoothing)
 
 

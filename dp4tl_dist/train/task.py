@@ -1,7 +1,8 @@
 """Tasks: what a batch is worth. The loop knows nothing of objectives, and a task knows nothing of ranks."""
 
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from dp4tl_dist.data.loader import IGNORED, Batch
 from dp4tl_dist.models import head_name, normalise, replace_head
+from dp4tl_dist.train.checkpoint import load_into
 
 
 class Task(Protocol):
@@ -30,6 +32,18 @@ class Task(Protocol):
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits (batch, classes) of the unwrapped module, for evaluation."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint's weights are, by plain names."""
+        ...
+
+    def extra(self) -> dict[str, Any]:
+        """What else resuming needs of the task, alike on all ranks: plain values and tensors."""
+        ...
+
+    def restore(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Take the weights of the checkpoint `folder`, and what `extra` gave when it was saved."""
         ...
 
 
@@ -58,6 +72,15 @@ class Supervised:
     def predict(self, batch: Batch) -> Tensor:
         logits: Tensor = self.module(inputs_of(batch))
         return logits
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def extra(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, folder: Path, extra: dict[str, Any]) -> None:
+        load_into(self.module, folder)
 
 
 def inputs_of(batch: Batch) -> Tensor:
