@@ -20,11 +20,12 @@ def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | Non
     argv = ["prune", "--source", str(graph.source)]
     inputs = [graph.source]
 
-    def use(option: str, made: list[tuple[Path, str]]) -> None:
-        """Pass files on, which stages made with a surrogate."""
+    def use(option: str, made: list[tuple[Path, tuple[str, ...]]]) -> None:
+        """Pass files on, with the stages that they took."""
         argv.extend([option, *(str(path) for path, _ in made)])
         inputs.extend(path for path, _ in made)
-        selection.extend(name for path, surrogate in made for name in (surrogate, path.stem) if name not in selection)
+        for path, stages in made:
+            selection.extend(name for name in (*stages, path.stem) if name not in selection)
 
     if found.is_random:
         argv += ["--random", RANDOM[found.method], "--seed", str(seed)]
@@ -80,23 +81,39 @@ def _surrogate(graph: "Graph", arm: ArmName) -> tuple[Path, str]:
     return graph.train(name, table, source, val, None, None, seed, losses=logs_losses), name
 
 
-def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, str]:
-    """The votes of an arm on a target, and the name of the stage that trains its surrogate."""
-    surrogate, name = _surrogate(graph, arm)
+def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, tuple[str, ...]]:
+    """The votes of an arm on a target, and the names of the stages before: the surrogate's, and the clusters'."""
+    surrogate, *before = _surrogate(graph, arm)
     method = arm.base
     by = f"{method}+{arm.surrogate}" if arm.surrogate else method
     output = graph.out / "votes" / f"vote-{by}-{target}.npz"
     train = graph.targets[target][0]
     argv = ["vote", "--method", method, "--surrogate", str(surrogate), "--target", str(train), "--out", str(output)]
     inputs = [surrogate, train]
-    if method == "fm":
+    if method == "fm" and graph.config.clusters.count:
+        clusters = _clusters(graph, arm, surrogate)
+        argv += ["--clusters", str(clusters)]
+        inputs.append(clusters)
+        before.append(clusters.stem)
+    elif method == "fm":
         argv += ["--source", str(graph.source)]
         inputs.append(graph.source)
     graph.add(Stage(output.stem, tuple(argv), tuple(inputs), output, distributed=True))
-    return output, name
+    return output, tuple(before)
 
 
-def _score(graph: "Graph", arm: ArmName, method: str, targets: list[str]) -> tuple[Path, str]:
+def _clusters(graph: "Graph", arm: ArmName, surrogate: Path) -> Path:
+    """The clusters that fm arms of one surrogate vote for."""
+    table = graph.config.clusters
+    output = graph.out / "clusters" / f"cluster{f'-{arm.surrogate}' if arm.surrogate else ''}.npz"
+    argv = ["cluster", "--surrogate", str(surrogate), "--source", str(graph.source), "--clusters", str(table.count)]
+    for key in ("start", "iterations", "tolerance", "store_precision", "seed"):
+        argv += [f"--{key.replace('_', '-')}", str(getattr(table, key))]
+    stage = Stage(output.stem, (*argv, "--out", str(output)), (surrogate, graph.source), output, distributed=True)
+    return graph.add(stage)
+
+
+def _score(graph: "Graph", arm: ArmName, method: str, targets: list[str]) -> tuple[Path, tuple[str, ...]]:
     """The scores that an arm chooses samples by, and the name of the stage that trains its surrogate."""
     surrogate, name = _surrogate(graph, arm)
     by = f"{method}+{arm.surrogate}" if arm.surrogate else method
@@ -107,4 +124,4 @@ def _score(graph: "Graph", arm: ArmName, method: str, targets: list[str]) -> tup
     argv = ["score", "--method", method, "--surrogate", str(surrogate), "--source", str(graph.source)]
     argv += [part for each in wanted for part in ("--target", str(graph.targets[each][0]))]
     graph.add(Stage(output.stem, (*argv, "--out", str(output)), tuple(inputs), output, distributed=True))
-    return output, name
+    return output, (name,)

@@ -12,6 +12,7 @@ from dp4tl_dist.config import (
     EngineConfig,
     LogConfig,
     ModelConfig,
+    NotNegative,
     OptimConfig,
     Positive,
     Share,
@@ -50,6 +51,18 @@ class WriteConfig(Table):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     seed: Annotated[int, Field(ge=0)] = 0
     skip_bad: bool = False
+
+
+class ClusterStage(Table):
+    """The groups that fm arms vote for: clusters of the source, for sources without labels; else its classes."""
+
+    count: Annotated[int, Field(ge=0)] = 0
+    """How many; 0 for classes."""
+    start: Literal["kmeans++", "sample"] = "kmeans++"
+    iterations: Count = 100
+    tolerance: NotNegative = 1e-4
+    store_precision: Literal["float32", "float16"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class StageTrain(Table):
@@ -97,6 +110,7 @@ class RunConfig(Table):
     surrogate: StageTrain = StageTrain()
     surrogates: dict[str, StageTrain] = {}
     """Further surrogates by name, for arms like lm@0.5+NAME."""
+    clusters: ClusterStage = ClusterStage()
     pretrain: StageTrain = StageTrain()
     transfer: TransferStage = TransferStage()
     engine: EngineConfig = EngineConfig()

@@ -350,7 +350,7 @@ def test_the_checkpoint_is_a_plain_network(root: Path, tmp_path: Path) -> None:
     assert dp4tl(*vote, tmp_path / "v.npz", "--method", "fm", "--clusters", tmp_path / "c.npz") == 0
     assert dp4tl(*vote, tmp_path / "w.npz", "--method", "lm") == 2 and not (tmp_path / "w.npz").exists()
     table = {"task": {"kind": "supervised"}, "model": {"arch": "resnet_tiny", "init": str(out)}}
-    table["train"] = {**recipe["train"], "val_resolution": 16}
+    table["train"] = {**recipe["train"], "peak_epoch": 0}
     train(config_of(root, **table), out=tmp_path / "tuned", world=World())
     assert checkpoint.load_weights(checkpoint.resolve(tmp_path / "tuned")).keys() == plain.keys()
 
