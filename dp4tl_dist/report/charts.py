@@ -140,7 +140,7 @@ def votes_per_class(found: Selection, title: str, text: str) -> Markup:
     with canvas(title, text) as drawn:
         axes = drawn.axes
         axes.grid(axis="x", visible=False)
-        axes.set(xlabel="source classes, most votes first", ylabel="votes")
+        axes.set(xlabel=f"source {found.what}, most votes first", ylabel="votes")
         for shade in np.unique(shades):
             fill = colour if shade else C["pruned"]
             alpha = 1.0 if not shade else 0.35 + 0.65 * shade / max(1, len(forward))
@@ -180,14 +180,14 @@ def coverage(found: Selection, title: str, text: str) -> Markup:
     colour, total = C.get(found.method.partition("+")[0], C["lm"]), len(found.classes)
     with canvas(title, text) as drawn:
         axes = drawn.axes
-        axes.set(xlabel="source classes kept", ylabel="votes covered, %", ylim=(0, 106), xlim=(0, total))
+        axes.set(xlabel=f"source {found.what} kept", ylabel="votes covered, %", ylim=(0, 106), xlim=(0, total))
         axes.plot([0, total], [0, 100], color=C["muted"], linestyle=":", linewidth=1.2)
         axes.text(0.72 * total, 65, "chance", color=C["muted"], ha="left", va="top")
         axes.plot(np.arange(total + 1), reached, color=colour)
         for cut in (cut for cut in found.cuts if not cut.reverse):
             axes.plot([cut.count] * 2, [0, 100 * cut.share], color=C["ink"], linestyle=(0, (3, 2)), linewidth=1)
             (dot,) = axes.plot([cut.count], [100 * cut.share], "o", color=C["ink"], markersize=7, mec=C["paper"])
-            drawn.tip(dot, f"{cut.arm}: {cut.count} classes hold {100 * cut.share:.1f} % of the votes")
+            drawn.tip(dot, f"{cut.arm}: {cut.count} {found.what} hold {100 * cut.share:.1f} % of the votes")
             ha = "right" if cut.count > 0.6 * total else "left"
             axes.annotate(
                 f"{cut.arm}: {cut.count}, {100 * cut.share:.1f} %",

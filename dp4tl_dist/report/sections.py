@@ -85,7 +85,8 @@ def sentences(run: Run) -> Iterator[str]:
             if not values:
                 missing.append(f"{arm.name} on {arm.target} ({mode})")
                 continue
-            text = f"{arm.name} keeps {100 * arm.keep:g}{NBSP}% of the source classes and reaches {accuracy(values)}"
+            groups = "clusters" if arm.method.startswith("fm") and run.config.clusters.count else "classes"
+            text = f"{arm.name} keeps {100 * arm.keep:g}{NBSP}% of the source {groups} and reaches {accuracy(values)}"
             text += f" on {arm.target}" + (f" ({mode})" if len(arm.accuracy) > 1 else "")
             gaps = []
             for method, what in (("dense", "pretraining on all classes"), ("random", "a random choice of that size")):

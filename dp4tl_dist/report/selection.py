@@ -68,7 +68,10 @@ class Selection:
     target: str
     method: str
     arms: tuple[Arm, ...]
+    what: str
+    """What the groups are: classes or clusters."""
     classes: tuple[str, ...]
+    """The groups' names."""
     votes: NDArray[np.int64]
     ranking: NDArray[np.int64]
     kept: NDArray[np.bool_]
@@ -152,13 +155,14 @@ def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) 
     target_train = run.betons.get(f"{target}-train")
     affinities = tuple(sample.affinities(target_train, least)) if target_train else ()
     return Selection(
-        target, method, tuple(arms), cast.classes, votes, ranking, kept, tuple(cuts),
+        target, method, tuple(arms), cast.what, cast.classes, votes, ranking, kept, tuple(cuts),
         top_kept, top_pruned, affinities,
     )  # fmt: skip
 
 
 class _Sampler:
-    """Picks the images that stand for classes: the first ones in the file, which is shuffled."""
+    """Picks the images that stand for groups: a class's first ones in the file, which is shuffled, or those nearest to
+    a cluster's centre."""
 
     def __init__(self, run: Run, thumbs: Thumbs, votes: Votes) -> None:
         self.source, self.thumbs, self.votes = run.betons.get("source"), thumbs, votes
@@ -171,9 +175,10 @@ class _Sampler:
     def _images(self, beton: Beton | None, label: int, count: int = SHOWN_IMAGES) -> tuple[Thumb, ...]:
         if beton is None:
             return ()
+        members = self.votes.members
+        chosen = np.flatnonzero(beton.labels == label) if members is None else members.nearest[label]
         found = [
-            self.thumbs(beton, int(index), beton.classes[label])
-            for index in np.flatnonzero(beton.labels == label)[:count]
+            self.thumbs(beton, int(index), beton.classes[beton.labels[index]]) for index in chosen[:count] if index >= 0
         ]
         return tuple(thumb for thumb in found if thumb)
 

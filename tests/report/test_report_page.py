@@ -5,8 +5,10 @@ import io
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import HOSTILE, make_run
 from PIL import Image
@@ -15,6 +17,7 @@ from dp4tl_dist import table
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.machine import processor
+from dp4tl_dist.prune.votes_file import Members, load_votes, save_votes
 from dp4tl_dist.report import selection, tables
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.charts import time_unit
@@ -145,6 +148,23 @@ def test_two_modes_are_told_apart(tmp_path: Path) -> None:
 def test_what_is_no_run(tmp_path: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_clusters_show_the_samples_nearest_to_their_centres(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    make_run(out)
+    path, source = out / "votes" / "vote-lm-pets.npz", open_beton(out / "data" / "source-train.beton")
+    cast = load_votes(path)
+    nearest = np.full((len(cast.classes), 6), -1)
+    nearest[:, :2] = np.arange(2 * len(cast.classes)).reshape(-1, 2)[::-1]
+    assignment = (np.arange(source.num_samples) % len(cast.classes)).astype(np.int32)
+    save_votes(path, replace(cast, members=Members(assignment, nearest)))
+    (found,) = selections(read_run(out))
+    assert found.what == "clusters"
+    for item in found.top_kept:
+        expected = [data_uri(source, int(index)) for index in nearest[found.classes.index(item.name)][:2]]
+        assert [thumb.uri for thumb in item.thumbs] == expected
+    assert "Kept: the clusters with the most votes" in render(read_run(out))
 
 
 def test_thumbnails(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
