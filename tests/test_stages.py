@@ -48,22 +48,6 @@ def refused(**content: Any) -> str:
 # ---------------------------------------------------------------- the graph
 
 
-def test_fm_arms_vote_for_clusters_where_they_are_asked_for() -> None:
-    graph = graph_of(clusters={"count": 50, "seed": 7}, arms=["dense", "lm@0.5", "fm@0.25", "fm-reverse@0.5"])
-    made = {name: stage for name, stage in graph.stages.items() if name.startswith(("cluster", "vote", "prune"))}
-    assert sorted(made) == ["cluster", *sorted(
-        f"{what}-{target}" for target in ("pets", "dtd")
-        for what in ("vote-lm", "vote-fm", "prune-lm@0.5", "prune-fm@0.25", "prune-fm-reverse@0.5")
-    )]  # fmt: skip
-    cluster = made["cluster"]
-    argv = " ".join(cluster.argv)
-    assert cluster.distributed and "--clusters 50" in argv and "--seed 7" in argv and cluster.output.suffix == ".npz"
-    assert cluster.output in made["vote-fm-pets"].inputs and "--source" not in made["vote-fm-pets"].argv
-    selections = {trial.arm: trial.selection for trial in graph.trials if trial.target == "pets"}
-    assert selections["fm@0.25"] == ("surrogate", "cluster", "vote-fm-pets", "prune-fm@0.25-pets")
-    assert "cluster" not in selections["lm@0.5"]
-
-
 @pytest.mark.parametrize("compact", [False, True])
 def test_what_a_stage_reads_is_made_before(compact: bool) -> None:
     graph = graph_of(compact=compact)

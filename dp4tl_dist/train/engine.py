@@ -95,7 +95,7 @@ class DeepSpeedEngine:
                 config=self._config(),
             )
         self.basic = self.engine.basic_optimizer
-        self.attacks = hasattr(task, "attack")
+        self.is_read = hasattr(task, "attack") or hasattr(task, "queue")  # the weights, by the task, at each step
         task.forward = self.engine
 
     def _config(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         total = torch.zeros((), device=self.world.device)
         parts = split(batch, self.train.accumulate)
-        if self.attacks:
+        if self.is_read:
             self.collect()
         for part in parts:
             with self.autocast():
