@@ -19,6 +19,8 @@ from harness import Bench, Case
 from memory import PeakMemory
 from numpy.typing import NDArray
 
+from dp4tl_dist.advise import advise, costs_of, read_votes
+from dp4tl_dist.config import OptimConfig
 from dp4tl_dist.data.beton import RAW, BetonWriter, open_beton
 from dp4tl_dist.data.compact import compact
 from dp4tl_dist.data.order import epoch_order, rank_batches
@@ -27,6 +29,7 @@ from dp4tl_dist.prune import votes as voting
 from dp4tl_dist.prune.make import prune
 from dp4tl_dist.prune.select import combine, rank_groups
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
+from dp4tl_dist.train.cost import Speed
 
 BATCH_SIZE = 256
 RANKS = 8
@@ -88,6 +91,12 @@ class World:
     def prune(self) -> None:
         prune(source=self.source, out=self.subset, votes=self.votes, keep=self.sizes.keep, force=True)
 
+    def advise(self) -> None:
+        """Everything that `advise` says, but for a benchmark of this machine."""
+        optim = OptimConfig()
+        advice = read_votes([self.votes], self.source, combine="normalised", weights=None)
+        advise(advice, costs_of(advice, optim, Speed.of_throughput(2000, optim), [], None))
+
     def random(self) -> None:
         prune(source=self.source, out=self.folder / "r.npz", random="samples", keep=self.sizes.keep, force=True)
 
@@ -116,6 +125,7 @@ def stages(world: World) -> dict[str, tuple[Callable[[], object], float, str]]:
         "votes file": (world.cast, targets, ""),
         "rank": (world.rank, world.sizes.classes, "votes, then affinity, then id"),
         "prune by votes": (world.prune, n, "reads the beton and the votes, writes the subset"),
+        "advise": (world.advise, n, "the curve, every size's samples, bytes and hours, the suggestion"),
         "prune at random": (world.random, n, "samples, not classes"),
         "load subset": (world.load, n, "with the check against its beton"),
         "order": (world.order, world.sizes.keep * n, "opening both files, an epoch in pages, and a rank's batches"),
