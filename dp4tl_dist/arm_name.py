@@ -16,10 +16,11 @@ VOTES = ("lm", "fm")
 SCORES = ("el2n", "grand", "moderate", "herding", "k-centre", "retrieval", "forgetting", "cld")
 OF_LOSSES = ("forgetting", "cld")
 OF_TARGETS = (*VOTES, "retrieval")
+INFLUENCE = "influence"
 RANDOM = {"random": "classes", "random-samples": "samples", "random-balanced": "balanced"}
 METHODS = (
-    *VOTES, *SCORES, *(f"{name}-joint" for name in OF_TARGETS), *(f"{name}-reverse" for name in (*VOTES, *SCORES)),
-    *RANDOM,
+    *VOTES, *SCORES, INFLUENCE, *(f"{name}-joint" for name in OF_TARGETS),
+    *(f"{name}-reverse" for name in (*VOTES, *SCORES, INFLUENCE)), *RANDOM,
 )  # fmt: skip
 AUTO = "auto"
 STEPS = "steps"
@@ -70,7 +71,7 @@ class ArmName(NamedTuple):
     @property
     def of_target(self) -> bool:
         """Whether each target has a subset of its own."""
-        return not self.is_joint and (self.base in OF_TARGETS or self.within in OF_TARGETS)
+        return not self.is_joint and (self.base in (*OF_TARGETS, INFLUENCE) or self.within in OF_TARGETS)
 
     @property
     def of_chance(self) -> bool:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dp4tl_dist.arm_name import AUTO, OF_LOSSES, OF_TARGETS, RANDOM, ArmName, parse_arm
+from dp4tl_dist.arm_name import AUTO, INFLUENCE, OF_LOSSES, OF_TARGETS, RANDOM, ArmName, parse_arm
 from dp4tl_dist.stage import Stage
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ def select(graph: "Graph", arm: str, target: str, seed: int) -> tuple[Path | Non
     if found.votes:
         use("--votes", [_vote(graph, found, each) for each in targets])
         argv += _together(graph) if found.is_joint else []
+    if found.base == INFLUENCE:
+        path = _influence(graph, target)
+        argv += ["--influence", str(path)]
+        inputs.append(path)
+        selection.append(path.stem)
     for method in found.scores:
         use("--scores", [_score(graph, found, method, targets)])
     argv += ["--reverse"] if found.is_reverse else []
@@ -61,6 +66,18 @@ def whose(arm: ArmName, target: str, seed: int) -> list[str]:
     """Whose choice it is: a target's where the arm looks at one or has its size, a seed's where chance decides."""
     at_a_targets_size = arm.is_random and arm.keep == AUTO
     return [*([target] if arm.of_target or at_a_targets_size else []), *([f"s{seed}"] if arm.of_chance else [])]
+
+
+def _influence(graph: "Graph", target: str) -> Path:
+    """What each class does for a target, by brute force; a resumed stage goes on with the models that are left."""
+    name, train = f"{INFLUENCE}-{target}", graph.targets[target][0]
+    output = graph.out / INFLUENCE / f"{name}.npz"
+    content = {
+        **graph.config.influence.model_dump(mode="json"), "source": str(graph.source), "target": str(train),
+        "seed": graph.config.seeds[0], "engine": graph.config.engine.model_dump(mode="json"),
+    }  # fmt: skip
+    argv = (INFLUENCE, "--config", str(graph.config_path(name)), "--out", str(output))
+    return graph.add(Stage(name, argv, (graph.source, train), output, config=content))
 
 
 def _together(graph: "Graph") -> list[str]:

@@ -11,51 +11,21 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from dp4tl_dist.config import (
-    DataConfig,
-    EngineConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    Share,
-    Table,
-    TrainConfig,
-)
+from dp4tl_dist.config import DataConfig, LogConfig, TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.files import folder_lock, make_meta, read_json, write_json
+from dp4tl_dist.influence_config import InfluenceConfig
 from dp4tl_dist.log import say
 from dp4tl_dist.prune.influence import Influence, draw_mask, estimate, save_influence
 from dp4tl_dist.recipes import TransferConfig, recipe
 from dp4tl_dist.world import World
-
-
-class InfluenceConfig(Table):
-    """Which source and target, and the small models that stand for large ones."""
-
-    source: str
-    """The source's training beton."""
-    target: str
-    """The target's training beton. A part of it judges; the target's test set is not read."""
-    masks: Annotated[int, Field(ge=4)] = 200
-    """How many models. More may be added later; the first ones stay."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    model: ModelConfig = ModelConfig()
-    train: OptimConfig = OptimConfig()
-    min_scale: Share = 0.08
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    val_share: Share = 0.5
-    """The part of the target's training set that judges the linear probe; the rest trains it."""
-    lp: dict[str, bool | int | float | str] = {}
-    """Overrides of the linear probe's `train` keys."""
-    engine: EngineConfig = EngineConfig()
 
 
 def influence(

@@ -19,6 +19,7 @@ from dp4tl_dist.config import (
     Table,
     TaskConfig,
 )
+from dp4tl_dist.influence_config import SmallModels
 from dp4tl_dist.slurm_config import SlurmConfig
 
 __all__ = ["AUTO", "METHODS", "STEPS", "ArmName", "RunConfig", "StageTrain", "TargetConfig", "parse_arm"]
@@ -111,6 +112,8 @@ class RunConfig(Table):
     surrogates: dict[str, StageTrain] = {}
     """Further surrogates by name, for arms like lm@0.5+NAME."""
     clusters: ClusterStage = ClusterStage()
+    influence: SmallModels = SmallModels()
+    """The small models of the arms influence@KEEP."""
     pretrain: StageTrain = StageTrain()
     transfer: TransferStage = TransferStage()
     engine: EngineConfig = EngineConfig()

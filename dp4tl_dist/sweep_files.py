@@ -10,7 +10,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import atomic_file, write_json
 from dp4tl_dist.log import say
 from dp4tl_dist.stages import Graph
-from dp4tl_dist.sweep_surrogates import study_surrogates
+from dp4tl_dist.sweep_surrogates import study_agreement, study_surrogates
 from dp4tl_dist.sweep_table import Row, summarise, tidy
 
 
@@ -23,14 +23,15 @@ def write_tables(graph: Graph) -> None:
         raise UserError(f"{graph.out} holds no stage of the sweep: run it first, or check --out")
     rows = tidy(graph)
     summary, surrogates = summarise(rows), study_surrogates(graph, rows)
+    agreement = study_agreement(graph)
     with atomic_file(graph.out / "sweep.csv") as temporary, open(temporary, "w", newline="") as handle:
         table = csv.DictWriter(handle, list(rows[0]) if rows else ["arm"])
         table.writeheader()
         table.writerows(rows)
     with atomic_file(graph.out / "sweep.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_json(graph.out / "sweep.json", {"summary": summary, "surrogates": surrogates})
-    text = as_text(summary, surrogates)
+    write_json(graph.out / "sweep.json", {"summary": summary, "surrogates": surrogates, "agreement": agreement})
+    text = as_text(summary, surrogates) + "".join(_agreed(row) for row in agreement)
     with atomic_file(graph.out / "sweep.txt") as temporary:
         temporary.write_text(text)
     say(text.rstrip("\n"))
@@ -73,6 +74,11 @@ def _surrogates(rows: Sequence[Row]) -> Any:
     ]  # fmt: skip
     largest = rows[0]["reference"] or "(default)"
     return _table("surrogates", heads, cells, f"overlap: share of the kept classes that {largest} keeps, too")
+
+
+def _agreed(row: Row) -> str:
+    tops = ", ".join(f"{item['overlap']:.2f} of the first {item['k']}" for item in row["top"])
+    return f"{row['votes']} against brute force: Spearman {row['spearman']:.2f}; in common {tops}\n"
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]], caption: str) -> Any:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.arm_name import parse_arm
 from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.prune.influence import agreement, rank_influence
+from dp4tl_dist.prune.select import combine, rank_groups
+from dp4tl_dist.prune.votes_file import load_votes
 from dp4tl_dist.stages import Graph, Trial
 from dp4tl_dist.sweep_table import Row, paired, stage_seconds
 
@@ -62,3 +65,19 @@ def _kept(trial: Trial) -> NDArray[np.int64]:
     assert trial.subset is not None
     arrays, _ = load_npz(trial.subset, "subset")
     return arrays["groups"] if len(arrays["groups"]) else arrays["indices"]
+
+
+def study_agreement(graph: Graph) -> list[Row]:
+    """How far the ranking of each votes file agrees with brute force on the same target, where both are there."""
+    found = []
+    for target in graph.config.targets:
+        path = graph.out / "influence" / f"influence-{target}.npz"
+        if not path.exists():
+            continue
+        ranking = rank_influence(load_npz(path, "influence")[0]["influence"])
+        for votes in sorted((graph.out / "votes").glob(f"vote-*-{target}.npz")):
+            cast = load_votes(votes)
+            mine = rank_groups(*combine(cast.votes, cast.affinity))
+            if len(mine) == len(ranking):
+                found.append({"target": target, "votes": votes.stem, **agreement(mine, ranking)})
+    return found

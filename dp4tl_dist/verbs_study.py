@@ -135,7 +135,8 @@ def run_influence(args: argparse.Namespace) -> None:
     from dp4tl_dist.config import load_config
     from dp4tl_dist.errors import UserError
     from dp4tl_dist.files import check_output
-    from dp4tl_dist.influence import InfluenceConfig, influence
+    from dp4tl_dist.influence import influence
+    from dp4tl_dist.influence_config import InfluenceConfig
     from dp4tl_dist.world import joined
 
     index, _, count = args.worker.partition("/")

@@ -19,6 +19,7 @@ from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.errors import EXIT_BAD_INPUT
 from dp4tl_dist.files import folder_lock, write_json
+from dp4tl_dist.influence_config import InfluenceConfig
 from dp4tl_dist.prune.influence import draw_mask, load_influence
 from dp4tl_dist.world import World
 
@@ -44,8 +45,8 @@ def line(root: Path, out: Path, *more: object) -> list[str]:
     return [str(item) for item in ("influence", "--config", root / "config.json", "--out", out, *more)]
 
 
-def config_of(root: Path) -> brute.InfluenceConfig:
-    return brute.InfluenceConfig.model_validate_json((root / "config.json").read_text())
+def config_of(root: Path) -> InfluenceConfig:
+    return InfluenceConfig.model_validate_json((root / "config.json").read_text())
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.0) -> list[int]:

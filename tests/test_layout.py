@@ -19,7 +19,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 LEVELS = (
     ("errors", "config", "config_file", "files", "__init__", "machine", "siblings", "nodes", "version"),
     ("world",),
-    ("log", "models", "recipes", "train.checkpoint"),
+    ("log", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
     ("prune",),
     ("schedule", "train"),

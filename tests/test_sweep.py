@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_factory import make_beton
 from PIL import Image
+from test_advise import cast
 
 from dp4tl_dist import pipeline
 from dp4tl_dist.cli import main
+from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.data.subset import load_subset
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
+from dp4tl_dist.files import make_meta
+from dp4tl_dist.prune.influence import Influence, save_influence
 from dp4tl_dist.stages import Graph
 from dp4tl_dist.sweep import read_sweep
+from dp4tl_dist.sweep_surrogates import study_agreement
 from dp4tl_dist.sweep_table import EVERYWHERE, peer, summarise
 
 STAGE = """
@@ -228,3 +234,21 @@ def test_bad_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "x.toml").write_text("keeps = 3\n")
     assert main(["sweep", "--config", str(tmp_path / "x.toml"), "--out", str(tmp_path / "out")]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_agreement_with_brute_force(root: Path, tmp_path: Path) -> None:
+    source = open_beton(make_beton(tmp_path / "source.beton", num_classes=6, per_class=2))
+    graph = Graph(read_sweep(str(root / "sweep.toml"), []), tmp_path / "out")
+    assert study_agreement(graph) == []
+    meta = make_meta("influence", inputs={"source": source.fingerprint})
+    value = np.array([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    (tmp_path / "out" / "influence").mkdir(parents=True)
+    found = Influence(value, np.full(6, 0.1), np.ones((4, 6), bool), np.zeros(4), meta)
+    save_influence(tmp_path / "out" / "influence" / "influence-one.npz", found)
+    (tmp_path / "out" / "votes").mkdir()
+    cast(tmp_path / "out" / "votes" / "vote-lm+short-one.npz", source, [6, 5, 4, 3, 2, 1])
+    cast(tmp_path / "out" / "votes" / "vote-lm+long-one.npz", source, [0, 1, 2, 3, 4, 9])
+    rows = {row["votes"]: row for row in study_agreement(graph)}
+    assert rows["vote-lm+short-one"]["spearman"] == 1 and rows["vote-lm+long-one"]["spearman"] == -1
+    assert {item["k"]: item["overlap"] for item in rows["vote-lm+long-one"]["top"]} == {1: 0.0, 3: 0.0}
+    assert {item["overlap"] for item in rows["vote-lm+short-one"]["top"]} == {1.0}

@@ -25,7 +25,7 @@ COLOURS = {
     "ink": "#1b1f24", "muted": "#5f6873", "grid": "#dfe3e8", "paper": "#fdfefe",
     "lm": "#0072b2", "fm": "#009e73", "random": "#d55e00", "random-samples": "#e69f00",
     "random-balanced": "#a85c2c", "el2n": "#8c564b", "grand": "#b3324f", "moderate": "#6b7d00", "herding": "#17858f",
-    "k-centre": "#3f8f3a", "retrieval": "#c2449b", "forgetting": "#8a6fd1", "cld": "#4e6a8c",
+    "k-centre": "#3f8f3a", "retrieval": "#c2449b", "forgetting": "#8a6fd1", "cld": "#4e6a8c", "influence": "#7a5195",
     "lm-reverse": "#56b4e9", "fm-reverse": "#cc79a7", "pruned": "#b9c0c8",
     "surrogate": "#7d5fb2", "voting": "#e3c23b", "pretraining": "#3d4f66", "transfer": "#a9b6c4",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from dp4tl_dist.report.selection import Selection
 MARKERS = ByMethod({
     "dense": "D", "lm": "o", "fm": "s", "random": "X", "random-samples": "P", "lm-reverse": "v", "fm-reverse": "^",
     "random-balanced": "h", "el2n": "<", "grand": ">", "moderate": "p", "herding": "H", "k-centre": "*",
-    "retrieval": "d", "forgetting": "8", "cld": "1",
+    "retrieval": "d", "forgetting": "8", "cld": "1", "influence": "H",
 })  # fmt: skip
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MANY_CLASSES = 80

@@ -205,7 +205,10 @@ def meta_of(stage: Stage) -> Any:
     if verb == "transfer":
         return read_json(path)
     if path.suffix == ".npz":
-        return load_npz(path, {"vote": "votes", "score": "scores", "cluster": "clusters"}.get(verb, "subset"))[1]
+        return load_npz(
+            path,
+            {"vote": "votes", "score": "scores", "cluster": "clusters", "influence": "influence"}.get(verb, "subset"),
+        )[1]
     return read_json(sidecar(path))["meta"]
 
 

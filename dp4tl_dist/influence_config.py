@@ -1,0 +1,35 @@
+"""The config of `dp4tl influence`, and the part of it that a whole run has as [influence]."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dp4tl_dist.config import EngineConfig, ModelConfig, OptimConfig, Share, Table
+
+Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
+
+
+class SmallModels(Table):
+    """The small models that stand for large ones, and how they are judged."""
+
+    masks: Annotated[int, Field(ge=4)] = 200
+    """How many models. More may be added later; the first ones stay."""
+    model: ModelConfig = ModelConfig()
+    train: OptimConfig = OptimConfig()
+    min_scale: Share = 0.08
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    val_share: Share = 0.5
+    """The part of the target's training set that judges the linear probe; the rest trains it."""
+    lp: dict[str, Setting] = {}
+    """Overrides of the linear probe's `train` keys."""
+
+
+class InfluenceConfig(SmallModels):
+    """Which source and target, and the small models."""
+
+    source: str
+    """The source's training beton."""
+    target: str
+    """The target's training beton. A part of it judges; the target's test set is not read."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    engine: EngineConfig = EngineConfig()
