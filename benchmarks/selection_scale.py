@@ -25,7 +25,9 @@ from dp4tl_dist.data.beton import RAW, BetonWriter, open_beton
 from dp4tl_dist.data.compact import compact
 from dp4tl_dist.data.order import epoch_order, rank_batches
 from dp4tl_dist.data.subset import load_subset
+from dp4tl_dist.prune import scores
 from dp4tl_dist.prune import votes as voting
+from dp4tl_dist.prune.kmeans import nearest_centres
 from dp4tl_dist.prune.make import prune
 from dp4tl_dist.prune.select import combine, rank_groups
 from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
@@ -76,6 +78,19 @@ class World:
         for _ in self.batches(self.sizes.targets):
             voting.fm_tally(self.features, self.centres)
 
+    def cluster(self) -> None:
+        """A step of k-means: the nearest centre of each feature, and the exact sums of its members."""
+        sums = torch.zeros(self.sizes.classes, self.sizes.dim, dtype=torch.int64)
+        counts = torch.zeros(self.sizes.classes, dtype=torch.int64)
+        for _ in self.batches(self.sizes.targets):
+            nearest = nearest_centres(self.features.double(), self.centres)
+            voting.add_group_sums(sums, counts, self.features, nearest)
+
+    def score(self) -> None:
+        labels = torch.arange(BATCH_SIZE) % self.sizes.classes
+        for _ in self.batches(self.sizes.samples):
+            scores.el2n(self.logits, self.features, labels)
+
     def cast(self) -> None:
         """The votes file, as `vote` leaves it."""
         classes = self.sizes.classes
@@ -122,6 +137,8 @@ def stages(world: World) -> dict[str, tuple[Callable[[], object], float, str]]:
         "LM votes": (world.lm, targets, "from logits to exact sums"),
         "FM class means": (world.centres_of_classes, n, f"exact sums of {dim} features over the whole source"),
         "FM votes": (world.fm, targets, "distances that do not round, and exact sums"),
+        "k-means step": (world.cluster, targets, f"of {world.sizes.classes} centres"),
+        "EL2N scores": (world.score, n, "from logits"),
         "votes file": (world.cast, targets, ""),
         "rank": (world.rank, world.sizes.classes, "votes, then affinity, then id"),
         "prune by votes": (world.prune, n, "reads the beton and the votes, writes the subset"),

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import harness
 import torch
 from harness import Bench, Case, Workers, rank_environs
-from pydantic import ValidationError
 
 from dp4tl_dist.config import EngineConfig
+from dp4tl_dist.errors import UserError
 from dp4tl_dist.models import ARCHITECTURES, build_model
+from dp4tl_dist.train.engine import check_engine
 
 SCRIPT = Path(__file__).with_name("train_step_worker.py")
 # Dense bf16 with fp32 accumulation, from the makers' data sheets.
@@ -110,13 +111,9 @@ def compare_engines(bench: Bench, arguments: argparse.Namespace, where: Point) -
 def missing(kind: str) -> str:
     """Why this engine cannot run here; empty where it can."""
     try:
-        EngineConfig.model_validate({"kind": kind})
-        if kind == "deepspeed":
-            import deepspeed  # noqa: F401
-    except ValidationError:
-        return "this version has no such engine"
-    except ImportError as error:
-        return f"{error}: pip install 'dp4tl_dist[deepspeed]'"
+        check_engine(EngineConfig.model_validate({"kind": kind}))
+    except UserError as error:
+        return str(error)
     return ""
 
 

@@ -65,13 +65,17 @@ def test_selection_scale(root: Path):
     sizes = ["--samples=3000", "--targets=300", "--classes=20", "--dim=8"]
     content = result(root, "selection_scale.py", *sizes)
     rows = {row["name"]: row for row in content["comparisons"][0]["rows"]}
-    assert {"write", "open", "LM votes", "FM class means", "FM votes", "prune by votes", "order"} <= set(rows)
+    stages = ("write", "open", "LM votes", "FM class means", "FM votes", "k-means step", "EL2N scores", "order")
+    assert {*stages, "prune by votes", "compact"} <= set(rows)
     assert all(len(row["seconds"]) == 2 and row["min"] > 0 for row in rows.values())
     assert all(row["facts"]["peak MiB"] >= row["facts"]["of which new"] >= 0 for row in rows.values())
     assert rows["prune by votes"]["items"] == 3000 and rows["compact"]["items"] == 1200
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_train_step(root: Path):
+    """Five processes that import torch."""
     one = ["--points", "resnet_tiny@32x4", "--variants", "dp4tl", "reference", "--steps", "1", "--device", "cpu"]
     content = result(root, "train_step.py", *one, "--engines", "ddp", "--ranks", "2")
     check(content, cases=[["dp4tl", "reference"], ["ddp"]])
