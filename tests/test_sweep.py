@@ -96,6 +96,13 @@ def test_arms_are_all_combinations_and_share_what_they_can(root: Path) -> None:
     )  # fmt: skip
 
 
+def test_only_what_asks_a_surrogate_is_done_with_each(root: Path) -> None:
+    override = ['methods=["grand", "influence", "lm+random:0.5", "random-samples"]', "keeps=[0.5]", "dense=false"]
+    arms = read_sweep(str(root / "sweep.toml"), [*override, "budgets=['epochs']"]).arms
+    assert arms == ("grand@0.5+short", "grand@0.5+long", "influence@0.5", "lm+random:0.5@0.5+short",
+                    "lm+random:0.5@0.5+long", "random-samples@0.5")  # fmt: skip
+
+
 def test_a_run_without_surrogates_of_its_own(root: Path, tmp_path: Path) -> None:
     text = (root / "sweep.toml").read_text().replace("[surrogates.short]", "[surrogate]")
     (tmp_path / "s.toml").write_text(text.replace("[surrogates.long]", "[surrogates.big]"))
