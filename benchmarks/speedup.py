@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import passive  # noqa: F401 (before torch)
 import torch
 from harness import Bench
 from speedup_project import project

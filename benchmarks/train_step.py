@@ -16,6 +16,7 @@ from typing import NamedTuple
 import harness
 import torch
 from harness import Bench, Case, Workers, rank_environs
+from workers import PASSIVE
 
 from dp4tl_dist.config import EngineConfig
 from dp4tl_dist.errors import UserError
@@ -85,7 +86,8 @@ def compare_variants(bench: Bench, arguments: argparse.Namespace, where: Point, 
         flops = flops_of_image(where) * images
         for name in arguments.variants:
             more, note = VARIANTS[name]
-            workers = stack.enter_context(Workers([command(arguments, where, more)]))
+            environ = {} if name == "reference" else PASSIVE  # torch's own default, and this project's
+            workers = stack.enter_context(Workers([command(arguments, where, more)], [environ]))
             cases.append(Case(name, workers, images, note, facts=partial(facts, workers, flops, peak)))
         bench.compare(f"{where}: {arguments.steps} steps on {arguments.device}", cases, unit="images")
 
@@ -100,7 +102,7 @@ def compare_engines(bench: Bench, arguments: argparse.Namespace, where: Point) -
                 bench.skip(kind, why)
                 continue
             commands = [command(arguments, where, ["--engine", kind])] * ranks
-            workers = stack.enter_context(Workers(commands, rank_environs(ranks)))
+            workers = stack.enter_context(Workers(commands, [environ | PASSIVE for environ in rank_environs(ranks)]))
             flops = flops_of_image(where) * images
             cases.append(Case(kind, workers, images, facts=partial(facts, workers, flops, None)))
         if cases:

@@ -11,7 +11,11 @@ from contextlib import suppress
 from functools import partial
 from types import TracebackType
 
-__all__ = ["Seconds", "Workers", "rank_environs", "serve", "timed"]
+__all__ = ["PASSIVE", "Seconds", "Workers", "rank_environs", "serve", "timed"]
+
+
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""The environment of a process whose threads do not spin while they wait; the command `dp4tl` sets it for itself."""
 
 
 class Seconds(float):
