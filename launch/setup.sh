@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes this checkout ready to run: the system libraries that FFCV is built with, a .venv, the pinned Python packages,
 # and the project itself. Run it again at any time: it does only what is missing. PYTHON=... chooses the interpreter.
+# With --offline FOLDER: from the wheels that launch/bundle.sh put there, with no network and no root.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -241,9 +242,34 @@ is_ready() {
         { [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$python_of_venv")" ]; }
 }
 
+# setup.sh --offline FOLDER: from the wheels of launch/bundle.sh alone, without root, network or compiler.
+install_offline() {
+    local folder="$1" wanted without options=()
+    [ -f "$folder/PYTHON" ] || die "--offline takes a folder that launch/bundle.sh made, and $folder is none" 2
+    wanted="$(cat "$folder/PYTHON")" without="$(cat "$folder/WITHOUT")"
+    python="$(PYTHON="${PYTHON:-python$wanted}" find_python)" || die "there is no python$wanted here: set PYTHON=..." 2
+    [ "$(version_of "$python")" = "$wanted" ] || die "$folder is for Python $wanted, and $python is $(version_of "$python")" 2
+    if [ -n "$without" ]; then options+=(--system-site-packages); fi
+    run "Python $wanted ($python) -> .venv" "$python" -m venv --clear ${options[@]+"${options[@]}"} "$venv" ||
+        die "$python could not make a virtual environment: see $log"
+    run "$(find "$folder" -name '*.whl' | wc -l) wheels from $folder" \
+        "$python_of_venv" -m pip install --no-index --no-deps --ignore-installed "$folder"/*.whl ||
+        die "the wheels could not be installed: see $log"
+    run "trying the imports" "$python_of_venv" -c 'import torch, ffcv' ||
+        die "what was installed does not import${without:+ (left out: $without; are they in $python?)}: see $log"
+    say "ready: $venv"
+}
+
 # One set-up at a time: a second one waits here.
 exec 9<"${BASH_SOURCE[0]}"
 if command -v flock >/dev/null; then flock 9; fi
+if [ "${1:-}" = --offline ]; then
+    [ -d "${2:-}" ] || die "--offline takes the folder that launch/bundle.sh made" 2
+    mkdir -p "$scratch"
+    : >"$log"
+    install_offline "$(cd -- "$2" && pwd -P)"
+    exit 0
+fi
 if is_ready; then
     say "ready: $venv"
     exit 0

@@ -214,7 +214,7 @@ def test_links_lead_somewhere(path: Path):
         assert (path.parent / target.partition("#")[0]).exists(), f"{short(path)} links to {target}, which is not there"
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "demo.sh", "test.sh", "torchrun.sh"])
+@pytest.mark.parametrize("name", ["setup.sh", "demo.sh", "test.sh", "torchrun.sh", "bundle.sh"])
 def test_scripts_are_strict_and_executable(name: str):
     path = ROOT / "launch" / name
     assert path.stat().st_mode & 0o111
