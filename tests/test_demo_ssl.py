@@ -1,4 +1,4 @@
-"""The path without labels: cluster, FM votes, prune, MoCo, linear probe, as a run of the demo's own config, shortened."""
+"""The path without labels, as one run of the demo's own config, shortened: clusters, votes, subset, MoCo, probe."""
 
 import json
 from pathlib import Path
