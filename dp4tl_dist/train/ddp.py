@@ -1,7 +1,6 @@
 """Data parallelism by torch alone: every rank holds the whole model and the whole optimizer."""
 
 import contextlib
-import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,14 +38,14 @@ class DDPEngine:
             # Batch-norm buffers stay local while training, and are averaged where they matter: `averaged_buffers`.
             # After the first step DDP lays its buckets out anew, by the order in which gradients came, and with them
             # the order in which more than two ranks sum. Looking for unused parameters keeps it from that: a resumed
-            # run on CPUs ends bit-equal. On GPUs speed matters more.
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+            # run on CPUs ends bit-equal, for the price of one line of torch's that it found none. On GPUs speed matters
+            # more.
             wrapped = nn.parallel.DistributedDataParallel(
                 module,
                 device_ids=[torch.device(self.world.device).index] if self.cuda else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=not self.cuda,
+                find_unused_parameters=not self.cuda and self.world.num_ranks > 2,
             )
         self.ddp = wrapped if wrapped is not module else None
         return torch.compile(wrapped) if self.compiled else wrapped
