@@ -48,7 +48,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
-    def until(self, what: Callable[[], object], seconds: float = 200) -> None:
+    def until(self, what: Callable[[], object], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.run("squeue", "-a")

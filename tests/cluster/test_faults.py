@@ -4,7 +4,6 @@ Each run ends as one that nothing happened to: no step repeated or lost, and the
 """
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,15 @@ TRAIN = ("train", "--config", "config.toml", "--out")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a config, and a run of it on two ranks that nothing happened to."""
+def place(tmp_path_factory: pytest.TempPathFactory, cluster: Any) -> Path:
+    """Data, a config, and a run of it on two nodes that nothing happened to."""
     place = tmp_path_factory.mktemp("faults")
     make_beton(place / "train.beton", num_classes=4, per_class=31)
     (place / "config.toml").write_text(CONFIG)
-    line = [str(ROOT / "launch" / "torchrun.sh"), "-n", "2", *TRAIN, "calm"]
     began = time.monotonic()
-    done = subprocess.run(line, cwd=place, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    job = start(cluster, place, "calm", "test1,test2", "--time=30")
+    cluster.until(lambda: cluster.ended(job))
+    assert cluster.facts(job)["Restarts"] == "0", (place / "calm.log").read_text()
     (place / "seconds").write_text(str(time.monotonic() - began))
     assert [line["step"] for line in order(place / "calm")] == list(range(1, NUM_STEPS + 1))
     return place
