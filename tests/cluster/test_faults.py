@@ -97,7 +97,7 @@ def test_preempted(cluster: Any, place: Path) -> None:
 
 def test_out_of_time(cluster: Any, place: Path) -> None:
     # Of half an hour the job leaves all unused but what most of a run takes on this machine now.
-    spare = 1800 - 0.75 * float((place / "seconds").read_text())
+    spare = 1800 - 0.5 * float((place / "seconds").read_text())
     job = start(cluster, place, "limited", "test3,test4", "--time=30", DP4TL_STOP_BEFORE_S=str(spare))
     cluster.until(lambda: cluster.ended(job), 400)
     assert_same(cluster, place, job, "limited")
