@@ -22,7 +22,7 @@ from dp4tl_dist.files import make_meta
 from dp4tl_dist.info import describe, render
 from dp4tl_dist.log import Metrics, read_jsonl, truncate_jsonl
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
-from dp4tl_dist.prune.votes_file import Votes, load_votes, save_votes
+from dp4tl_dist.prune.votes_file import Members, Votes, load_votes, save_votes
 from dp4tl_dist.recipes import TransferConfig, recipe
 from dp4tl_dist.records import newest_meta, read_record
 from dp4tl_dist.run_config import RunConfig
@@ -60,6 +60,14 @@ def votes_seeds(folder: Path) -> list[Files]:
         sizes_array = np.array(sizes, np.int64)
         save_votes(folder / "x.npz", Votes(votes, rng.random(votes.shape), predictions, sizes_array, "lm", names, meta))
         found.append({"x.npz": (folder / "x.npz").read_bytes()})
+    names = ("cluster 0", "cluster 1")
+    members = Members(np.array([0, 1, 1, 0, 0], np.int32), np.array([[0, 3], [2, -1]]))
+    predictions = np.array([1, 1, 0])
+    votes = np.array([[1, 2]])
+    save_votes(
+        folder / "x.npz", Votes(votes, votes / 2.0, predictions, np.array([3]), "fm", names, meta, members=members)
+    )
+    found.append({"x.npz": (folder / "x.npz").read_bytes()})
     return found
 
 
@@ -72,6 +80,10 @@ def read_votes(folder: Path) -> Iterator[None]:
     )
     assert found.predictions.min() >= 0 and found.predictions.max() < len(found.classes)
     assert isinstance(found.meta, dict) and found.votes.min() >= 0
+    if found.members:
+        assigned, near = found.members.assignment, found.members.nearest
+        assert len(assigned) and assigned.min() >= 0 and assigned.max() < len(found.classes) == len(near)
+        assert near.size == 0 or (near.min() >= -1 and near.max() < len(assigned))
     ranking = rank_groups(*combine(found.votes, found.affinity))
     assert np.array_equal(np.sort(ranking), np.arange(len(found.classes)))
     yield
@@ -337,6 +349,7 @@ _ALL = (
     Reader("votes", votes_seeds, mutate_arrays, read_votes),
     Reader("subset", subset_seeds, mutate_arrays, read_subset),
     Reader("scores", fuzz_scores.scores_seeds, mutate_arrays, fuzz_scores.read_scores),
+    Reader("clusters", fuzz_scores.clusters_seeds, mutate_arrays, fuzz_scores.read_clusters),
     Reader("losses", fuzz_scores.losses_seeds, mutate_arrays, fuzz_scores.read_losses),
     Reader("checkpoint", fuzz_checkpoint.seeds, fuzz_checkpoint.mutate, fuzz_checkpoint.read),
     Reader("train-config", config_seeds(TrainConfig, [TRAIN_TOML]), mutate_config, read_config(TrainConfig)),

@@ -9,6 +9,7 @@ import numpy as np
 from dp4tl_dist.data.losses import SampleLosses, load_losses, save_losses
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import make_meta
+from dp4tl_dist.prune.clusters_file import Clusters, load_clusters, nearest, save_clusters
 from dp4tl_dist.prune.loss_scores import cld, forgetting
 from dp4tl_dist.prune.ranking import choose_samples
 from dp4tl_dist.prune.scores_file import Scores, load_scores, save_scores
@@ -53,4 +54,29 @@ def read_losses(folder: Path) -> Iterator[None]:
     with contextlib.suppress(UserError):  # fewer validated epochs than it takes
         scores = cld(found, labels)
     assert np.isfinite(scores).all()
+    yield
+
+
+# ---------------------------------------------------------------- clusters
+
+
+def clusters_seeds(folder: Path) -> list[Files]:
+    rng, found = np.random.default_rng(2), []
+    for samples, groups, dim in ((24, 5, 3), (1, 1, 1), (9, 4, 2)):
+        centres = rng.standard_normal((groups, dim))
+        centres[-1] = np.nan if groups > 1 else 0.0
+        assignment = rng.integers(0, max(1, groups - 1), samples).astype(np.int32)
+        distances = rng.random(samples).astype(np.float32)
+        meta = make_meta("clusters", inputs={"source": "ab" * 16, "surrogate": "cd" * 16})
+        start = np.arange(groups, dtype=np.int64)
+        save_clusters(folder / "x.npz", Clusters(centres, assignment, distances, start, 1.5, meta))
+        found.append({"x.npz": (folder / "x.npz").read_bytes()})
+    return found
+
+
+def read_clusters(folder: Path) -> Iterator[None]:
+    found = load_clusters(folder / "x.npz")
+    assert found.sizes.sum() == len(found.assignment) == len(found.distances) and len(found.start) == found.num_clusters
+    near = nearest(found, 3)
+    assert near.min() >= -1 and near.max() < len(found.assignment) and isinstance(found.meta, dict)
     yield
