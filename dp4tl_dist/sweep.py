@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from dp4tl_dist.arm_name import AUTO, STEPS, parse_arm
-from dp4tl_dist.config import Share, Table, apply_overrides, find_config, read_toml, validate
+from dp4tl_dist.config import Share, Table, apply_overrides, find_config, load_config, read_toml, validate
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.run_config import RunConfig
 
@@ -43,6 +43,14 @@ def read_sweep(name: str, overrides: list[str]) -> RunConfig:
     if "surrogate" in content or not surrogates:
         surrogates.insert(0, "")
     return validate(RunConfig, {**content, "arms": arms_of(axes, surrogates)}, source=name)
+
+
+def read_run(name: str, overrides: list[str]) -> RunConfig:
+    """The run that a config describes: its own, or the one that a sweep's axes unfold to."""
+    content = apply_overrides(read_toml(find_config(name)), overrides)
+    return read_sweep(name, overrides) if content.keys() & Axes.model_fields.keys() else load_config(
+        RunConfig, name, overrides
+    )  # fmt: skip
 
 
 def arms_of(axes: Axes, surrogates: list[str]) -> list[str]:

@@ -32,7 +32,6 @@ except ImportError:
 
 from dp4tl_dist import stage_job
 from dp4tl_dist.arguments import Parser, add_config
-from dp4tl_dist.config import load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, UserError
 from dp4tl_dist.files import write_json
 from dp4tl_dist.jobs import SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
@@ -43,6 +42,7 @@ from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.slurm_config import minutes
 from dp4tl_dist.stage import Stage
 from dp4tl_dist.stages import Graph
+from dp4tl_dist.sweep import read_run
 from dp4tl_dist.version import PACKAGE, code_digest
 
 REPORT = stage_job.REPORT
@@ -234,7 +234,7 @@ def main() -> int:
         name = args.config or (str(out / "config.json") if (out / "config.json").exists() else None)
         if name is None:
             raise UserError("--config is missing: pass the run's config")
-        config = load_config(RunConfig, name, args.set)
+        config = read_run(name, args.set)  # a sweep, too: `dp4tl sweep --tables` sums it up
         if args.cluster == "local":
             return run_here(config, out, max_parallel=args.max_parallel, dry_run=args.dry_run)
         submit(config, out, max_parallel=args.max_parallel, snapshot=args.snapshot, dry_run=args.dry_run)

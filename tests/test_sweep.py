@@ -20,7 +20,7 @@ from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.prune.influence import Influence, save_influence
 from dp4tl_dist.stages import Graph
-from dp4tl_dist.sweep import read_sweep
+from dp4tl_dist.sweep import read_run, read_sweep
 from dp4tl_dist.sweep_surrogates import study_agreement
 from dp4tl_dist.sweep_table import EVERYWHERE, peer, summarise
 
@@ -84,6 +84,9 @@ ARMS = [
 
 def test_arms_are_all_combinations_and_share_what_they_can(root: Path) -> None:
     config = read_sweep(str(root / "sweep.toml"), [])
+    assert read_run(str(root / "sweep.toml"), []) == config
+    (root / "resolved.json").write_text(config.model_dump_json())
+    assert read_run(str(root / "resolved.json"), []) == config
     assert list(config.arms) == ARMS
     names = list(Graph(config, Path("out")).stages)
     count = {
