@@ -154,6 +154,9 @@ TOML_LINES = (
 )  # fmt: skip
 
 
+LONGEST_ROW = 4 << 20  # past every reader's limit; repeated over again it would fill the memory of the case itself
+
+
 def mutate_lines(rng: Random, content: bytes, others: list[bytes], lines: tuple[str, ...] = TOML_LINES) -> bytes:
     """A text with lines removed, repeated, swapped, replaced, or with another value after the "="."""
     if rng.random() < 0.25:
@@ -170,7 +173,7 @@ def mutate_lines(rng: Random, content: bytes, others: list[bytes], lines: tuple[
         elif action == 3 and len(rows) > 1:
             del rows[i]
         elif action == 4:
-            rows[i] = rows[i] * rng.choice((2, 50))
+            rows[i] = (rows[i] * rng.choice((2, 50)))[:LONGEST_ROW]
         else:
             rows[i] = rng.choice(lines)
     return "\n".join(rows).encode(errors="replace")
