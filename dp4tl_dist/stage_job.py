@@ -91,12 +91,15 @@ def end(graph: Graph, stage: Stage, code: int, *, max_restarts: int) -> int:
         return code
     write_json(record_path(graph, stage), {**record, "seconds": seconds})
     error = read_error()
+    code = ended(code, error)
     if may_go_on(code, error) and requeue(max_restarts, error):
         return code
     message = str(error.get("message") or f"its ranks ended with exit code {code}")
-    status = "running" if code in STOPPED else "failed"
+    status = "running" if code == EXIT_STOPPED else "failed"
     write_json(record_path(graph, stage), {**record, "seconds": seconds, "status": status, "error": message})
-    print(f"dp4tl: {'stopped' if code in STOPPED else 'error'}: {stage.name}: {message}", file=sys.stderr, flush=True)
+    print(
+        f"dp4tl: {'stopped' if code == EXIT_STOPPED else 'error'}: {stage.name}: {message}", file=sys.stderr, flush=True
+    )
     return code
 
 
@@ -110,9 +113,19 @@ def read_error() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def ended(code: int, error: Mapping[str, Any]) -> int:
+    """What the ranks ended with. What the first of them said counts: srun ends the others, and tells how those ended."""
+    if error:
+        return int(error.get("code", EXIT_FAILURE))
+    return EXIT_STOPPED if code in STOPPED else code
+
+
 def may_go_on(code: int, error: Mapping[str, Any]) -> bool:
-    """Whether the same job may do better in another life: it was stopped, or it lost a rank that said nothing."""
-    if code in STOPPED or error.get("code") == EXIT_STOPPED:
+    """Whether the same job may do better in another life: it was stopped, or it lost a rank that said nothing.
+
+    code: as `ended` tells it.
+    """
+    if code == EXIT_STOPPED:
         return True
     return code not in (EXIT_DONE, *CANNOT_START) and (not error or bool(error.get("lost")))
 
@@ -144,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.action == "requeue":
         error = read_error()
-        if may_go_on(args.code, error):
+        code = ended(args.code, error)
+        if may_go_on(code, error):
             requeue(args.max_restarts, error)
-        return args.code
+        return code
     try:
         graph = Graph(load_config(RunConfig, args.config), args.out)
         if args.action == "report":

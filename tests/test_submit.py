@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dp4tl_dist.stage_job import ended, may_go_on
+
 ODD = """it's "odd" ü $HOME `x` & more"""
 CONFIG = """
 arms = ["dense", "random@0.5"]
@@ -165,3 +167,22 @@ def test_the_same_jobs_without_slurm(tmp_path: Path, root: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert again.returncode == 0 and again.stdout.count("done before, skipped") == 6
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "ends", "again"),
+    [
+        (0, {}, 0, False),
+        (75, {"code": 75}, 75, True),
+        (143, {"code": 75}, 75, True),  # srun ended the second rank when the first had saved
+        (143, {"code": 2, "lost": False}, 2, False),  # ... when the first had failed
+        (140, {}, 75, True),  # the stop signal met Python on its way up
+        (137, {}, 137, True),
+        (1, {"code": 1, "lost": True}, 1, True),
+        (1, {"code": 1, "lost": False}, 1, False),
+        (127, {}, 127, False),
+    ],
+)
+def test_which_jobs_go_back_to_the_queue(code: int, error: dict[str, object], ends: int, again: bool) -> None:
+    assert ended(code, error) == ends
+    assert may_go_on(ends, error) == again

@@ -25,6 +25,11 @@ class Cluster:
         self.environ["SLURM_CONF"] = str(place / "etc" / "slurm.conf")
 
     def start(self) -> None:
+        """Start it, and a guard that stops it where this process is killed."""
+        guard = 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; exec "$2" down'
+        line = ["bash", "-c", guard, "guard", str(os.getpid()), str(HERE / "local_slurm.sh")]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(line, env=self.environ, start_new_session=True, **pipes)
         self.script("up", "4")
 
     def script(self, *argv: str) -> None:
