@@ -14,11 +14,12 @@ from rich.text import Text
 from dp4tl_dist.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.log import on_terminal, say
-from dp4tl_dist.records import read_record
+from dp4tl_dist.records import plan, read_record
 from dp4tl_dist.stage import Stage
 from dp4tl_dist.stages import Graph
 
 POLL_S = 2.0
+REPORT = "report"
 
 
 class SavedJobs:
@@ -120,7 +121,10 @@ def follow(graph: Graph, saved: SavedJobs) -> int:
             if not waiting:
                 break
             time.sleep(POLL_S)
-    return conclude(graph, states)
+    # A record of before may say "done" of a stage whose turn, in this submission, never came.
+    left = {stage.name for stage, why in plan(graph) if why != "skip"}
+    stale = {name for name, state in states.items() if state == "done" and (name in left or (left and name == REPORT))}
+    return conclude(graph, {name: "not run" if name in stale else state for name, state in states.items()})
 
 
 def state_of(graph: Graph, name: str, in_slurm: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from dp4tl_dist.config import load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
 from dp4tl_dist.files import read_json, write_json
+from dp4tl_dist.jobs import REPORT
 from dp4tl_dist.launcher import ERROR_FILE, die_with_parent
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.pipeline import carry_out, conclude
@@ -31,7 +32,6 @@ MAX_RESTARTS = "DP4TL_MAX_RESTARTS"
 # How ranks end that SIGUSR2 or SIGTERM met before they could listen: while Python starts.
 STOPPED = (EXIT_STOPPED, 128 + 12, 128 + 15)
 CANNOT_START = (126, 127)
-REPORT = "report"
 
 
 def become(module: str, argv: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def read_error() -> dict[str, Any]:
 
 
 def ended(code: int, error: Mapping[str, Any]) -> int:
-    """What the ranks ended with. What the first of them said counts: srun ends the others, and tells how those ended."""
+    """What the ranks ended with. What the first of them said counts: srun ends the others, and may tell of those."""
     if error:
         return int(error.get("code", EXIT_FAILURE))
     return EXIT_STOPPED if code in STOPPED else code

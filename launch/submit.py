@@ -34,7 +34,7 @@ from dp4tl_dist import stage_job
 from dp4tl_dist.arguments import Parser, add_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, UserError
 from dp4tl_dist.files import write_json
-from dp4tl_dist.jobs import SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
+from dp4tl_dist.jobs import REPORT, SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
 from dp4tl_dist.log import say
 from dp4tl_dist.pipeline import conclude
 from dp4tl_dist.records import plan
@@ -44,8 +44,6 @@ from dp4tl_dist.stage import Stage
 from dp4tl_dist.stages import Graph
 from dp4tl_dist.sweep import read_run
 from dp4tl_dist.version import PACKAGE, code_digest
-
-REPORT = stage_job.REPORT
 
 
 class Executor(SlurmExecutor):  # type: ignore[misc]

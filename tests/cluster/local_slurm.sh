@@ -93,6 +93,7 @@ boot() { # NUMBER
   if [ "$NETNS" != 1 ]; then start "$n" slurmd -D -N "$n"; return; fi
   if ! ip netns list | grep -qw "$n"; then
     ip netns add "$n"; ip -n "$n" link set lo up
+    ip link del "$TAG-$n" 2>/dev/null || true # a namespace lives on, with its link, until its last process is gone
     ip link add "$TAG-$n" type veth peer name eth0 netns "$n"; ip link set "$TAG-$n" master "$TAG-br" up
     ip -n "$n" addr add "$NET.$1/24" dev eth0; ip -n "$n" link set eth0 up; mkdir -p "/etc/netns/$n"
     { printf '127.0.0.1 localhost\n%s\n' "$NET.254 $(hostname -s)"
@@ -131,7 +132,7 @@ down() {
   fi
   for ((i = 1; i <= N; i++)); do
     if [ "$NETNS" != 1 ]; then stop "$PRE$i"; continue; fi
-    stop "$PRE$i" KILL; ip netns del "$PRE$i" 2>/dev/null || true; rm -rf "/etc/netns/$PRE$i"
+    stop "$PRE$i" KILL; ip link del "$TAG-$PRE$i" 2>/dev/null || true; ip netns del "$PRE$i" 2>/dev/null || true; rm -rf "/etc/netns/$PRE$i"
   done
   for d in slurmctld slurmdbd mariadbd munged; do stop $d; done
   if [ "$NETNS" = 1 ]; then ip link del "$TAG-br" 2>/dev/null || true
