@@ -28,10 +28,11 @@ from dp4tl_dist.train.knn import probe
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.loss_log import WORKING, LossLog
 from dp4tl_dist.train.moco import Moco
+from dp4tl_dist.train.owner import OWNER
 from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
 
-OWN = ("metrics.jsonl", "order.jsonl", "config.json", NAME, WORKING)
+OWN = ("metrics.jsonl", "order.jsonl", "config.json", OWNER, NAME, WORKING)
 """The files of a run's folder."""
 
 

@@ -158,8 +158,8 @@ def test_one_two_and_three_ranks_score_alike(surrogate: Path, source: Beton, tar
 def test_a_score_depends_on_its_sample_alone(
     surrogate: Path, target: Beton, make_beton: Callable[..., Beton], tmp_path: Path
 ) -> None:
-    """A source of one image, and one whose ranks have nothing to do."""
-    for labels in ([0], [0, 9, 9]):
+    """A source of one image, and one whose ranks have nothing to do. (Two of a class are equally far from its mean.)"""
+    for labels in ([0], [0, 9, 9, 9]):
         tiny = make_beton(labels, [f"class {i}" for i in range(10)])
         for method in NETWORK:
             found = scored(surrogate, tiny, target, tmp_path / "s.npz", method)
