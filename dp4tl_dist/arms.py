@@ -124,7 +124,7 @@ def _clusters(graph: "Graph", arm: ArmName, surrogate: Path) -> Path:
     table = graph.config.clusters
     output = graph.out / "clusters" / f"cluster{f'-{arm.surrogate}' if arm.surrogate else ''}.npz"
     argv = ["cluster", "--surrogate", str(surrogate), "--source", str(graph.source), "--clusters", str(table.count)]
-    for key in ("start", "iterations", "tolerance", "store_precision", "seed"):
+    for key in ("init", "iterations", "tolerance", "store_precision", "seed"):
         argv += [f"--{key.replace('_', '-')}", str(getattr(table, key))]
     stage = Stage(output.stem, (*argv, "--out", str(output)), (surrogate, graph.source), output, distributed=True)
     return graph.add(stage)

@@ -59,7 +59,7 @@ class ClusterStage(Table):
 
     count: Annotated[int, Field(ge=0)] = 0
     """How many; 0 for classes."""
-    start: Literal["kmeans++", "sample"] = "kmeans++"
+    init: Literal["kmeans++", "sample"] = "kmeans++"
     iterations: Count = 100
     tolerance: NotNegative = 1e-4
     store_precision: Literal["float32", "float16"] = "float32"

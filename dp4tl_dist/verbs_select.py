@@ -52,7 +52,7 @@ def cluster(verbs: Verbs) -> None:
     parser.add_argument("--source", type=Path, required=True, help="the source beton")
     parser.add_argument("--clusters", type=int, required=True, metavar="K", help="how many clusters to make")
     parser.add_argument(
-        "--start", choices=("kmeans++", "sample"), default="kmeans++",
+        "--init", choices=("kmeans++", "sample"), default="kmeans++",
         help="the first centres: samples far from each other, or any (default: kmeans++)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the start")
@@ -78,7 +78,7 @@ def run_cluster(args: argparse.Namespace) -> None:
 
     with joined(args.device) as world:
         summary = cluster(world, surrogate=args.surrogate, source=args.source, num_clusters=args.clusters,
-                          out=args.out, start=args.start, seed=args.seed, iterations=args.iterations,
+                          out=args.out, start=args.init, seed=args.seed, iterations=args.iterations,
                           tolerance=args.tolerance, store=args.store, store_precision=args.store_precision,
                           batch_size=args.batch_size, resolution=args.resolution, num_workers=args.workers,
                           precision=args.precision, force=args.force)  # fmt: skip

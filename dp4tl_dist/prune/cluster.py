@@ -83,7 +83,7 @@ def cluster(
     from dp4tl_dist.prune.kmeans import STARTS, lloyd, start_positions
     from dp4tl_dist.prune.store import open_store
 
-    one_of("--start", start, STARTS)
+    one_of("--init", start, STARTS)
     one_of("--precision", precision, PRECISIONS)
     one_of("--store-precision", store_precision, STORE_PRECISIONS)
     if batch_size < 1 or iterations < 1 or not tolerance >= 0:

@@ -195,7 +195,7 @@ def test_the_command_line(made: Path, surrogate: Path, source: Beton, tmp_path: 
     [
         ({"num_clusters": 84}, "--clusters 84 is not between 1 and the 83 samples"),
         ({"num_clusters": 0}, "--clusters 0 is not between"),
-        ({"start": "magic"}, "--start"), ({"iterations": 0}, "--iterations 0"), ({"seed": -1}, "--seed -1"),
+        ({"start": "magic"}, "--init"), ({"iterations": 0}, "--iterations 0"), ({"seed": -1}, "--seed -1"),
         ({"tolerance": float("nan")}, "--tolerance nan"), ({"batch_size": 0}, "--batch-size 0"),
         ({"store_precision": "float8"}, "--store-precision"), ({"resolution": -3}, "--resolution -3"),
     ],
