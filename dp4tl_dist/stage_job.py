@@ -7,6 +7,7 @@ else: by one process, once, when its ranks stopped with everything saved or lost
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,11 +140,22 @@ def requeue(max_restarts: int, error: Mapping[str, Any]) -> bool:
     if restarts >= max_restarts:
         warn(f"job {job} is not put back into the queue: max_restarts = {max_restarts} is reached ({why})")
         return False
+    if lives_on(job, restarts):
+        warn(f"job {job} is in a later life than this one ({restarts} restarts), which was left behind, and ends")
+        return False
     say(f"job {job} goes back to the queue (restart {restarts + 1} of at most {max_restarts}): {why}")
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         warn(f"scontrol requeue {job} failed: {done.stderr.strip()}")
     return done.returncode == 0
+
+
+def lives_on(job: str, restarts: int) -> bool:
+    """Whether SLURM requeued the job since, as it does when it misses the node that this runs on: the batch script of a
+    node that was only cut off would stop its own successor."""
+    done = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
+    found = re.search(r"\bRestarts=(\d+)", done.stdout)
+    return found is not None and int(found[1]) != restarts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.buffers import averaged_buffers
+from dp4tl_dist.world import lost_others
 
 if TYPE_CHECKING:
     from dp4tl_dist.train.loop import Fit
@@ -107,9 +108,11 @@ def fitting(folder: Path) -> Iterator[None]:
     """A checkpoint whose parts are whole, but not what this run would have saved, is a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        if lost_others(error):
+            raise
         raise UserError(
             f"the checkpoint {folder} does not fit this run ({type(error).__name__}: {str(error)[:200]}): "
             "use another --out, or --force to start afresh"
