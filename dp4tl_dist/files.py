@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dp4tl_dist import __version__
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.machine import hardware
+from dp4tl_dist.nodes import life
 from dp4tl_dist.version import commit
 
 MAX_JSON_BYTES = 64 << 20
@@ -99,17 +100,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends."""
+    """Hold `folder` for this process. The kernel drops the lock when the process ends, however it ends.
+
+    An earlier life of this same job does not keep it: SLURM gave up the node that it may still run on, and whoever
+    writes there looks for a successor first (train/owner.py).
+    """
+    own = life(os.environ)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a")  # noqa: SIM115 (closed below)
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"cannot write in {folder} ({error.strerror}): choose another --out") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InUseError(f"{folder} is in use by another run: wait for it or choose another --out") from error
+            handle.seek(0)
+            job, _, restarts = handle.read(100).partition(".")
+            if not own or job != own.partition(".")[0] or int(restarts) >= int(own.partition(".")[2]):
+                raise InUseError(f"{folder} is in use by another run: wait for it or choose another --out") from error
+        handle.truncate(0)
+        handle.write(own)
+        handle.flush()
         yield
 
 

@@ -15,6 +15,11 @@ SIOCGIFADDR = 0x8915
 STOP_BEFORE_S = 120.0
 
 
+def life(environ: Mapping[str, str]) -> str:
+    """Which life of which job this is: "JOB.RESTARTS"; empty outside of a job."""
+    return f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}" if "SLURM_JOB_ID" in environ else ""
+
+
 def seconds_to_stop(environ: Mapping[str, str]) -> float | None:
     """Seconds until this job should save and stop, DP4TL_STOP_BEFORE_S ahead of its limit; None without a limit."""
     end = environ.get("SLURM_JOB_END_TIME", "")

@@ -21,6 +21,7 @@ from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.jobs import REPORT
 from dp4tl_dist.launcher import ERROR_FILE, die_with_parent
 from dp4tl_dist.log import say, warn
+from dp4tl_dist.nodes import life
 from dp4tl_dist.pipeline import carry_out, conclude
 from dp4tl_dist.records import finish, is_done, prepare, read_record, record_path, stage_key
 from dp4tl_dist.run_config import RunConfig
@@ -50,11 +51,6 @@ def run_here(config: str, out: str, name: str) -> None:
     except (UserError, RuntimeError) as error:
         write_json(record_path(graph, stage), {**read_record(graph, stage), "status": "failed", "error": str(error)})
         raise
-
-
-def life(environ: Mapping[str, str]) -> str:
-    """Which life of which job this is: "JOB.RESTARTS"; empty outside of a job."""
-    return f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}" if "SLURM_JOB_ID" in environ else ""
 
 
 def begin(graph: Graph, stage: Stage) -> int:
