@@ -36,12 +36,16 @@ class Cluster:
         done = subprocess.run([HERE / "local_slurm.sh", *argv], env=self.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def run(self, *argv: object, cwd: Path | None = None, **environ: str) -> str:
+    def call(self, *argv: object, cwd: Path | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
         line = [str(item) for item in argv]
-        done = subprocess.run(
-            line, env={**self.environ, **environ}, capture_output=True, text=True, cwd=cwd, timeout=300
+        return subprocess.run(
+            line, env={**self.environ, **environ}, capture_output=True, text=True, cwd=cwd, timeout=700
         )
-        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+    def run(self, *argv: object, cwd: Path | None = None, **environ: str) -> str:
+        """What a command that must succeed prints."""
+        done = self.call(*argv, cwd=cwd, **environ)
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def sbatch(self, *argv: object, cwd: Path, **environ: str) -> str:

@@ -1,9 +1,12 @@
-"""Training on a real SLURM through slurm/stage.sbatch: preempted, out of time, its node off, its node unplugged.
+"""Training on a real SLURM through slurm/stage.sbatch: preempted, out of time, its node off or unplugged, a rank hung.
 
 Each run ends as one that nothing happened to: no step repeated or lost, and the same weights bit by bit.
 """
 
 import json
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,11 @@ def test_preempted(cluster: Any, place: Path) -> None:
     assert_same(cluster, place, job, "preempted")
     log = (place / "preempted.log").read_text()
     assert cluster.facts(job)["Restarts"] == "1" == str(log.count("goes back to the queue")), log
+    # The batch script of a life that was left behind does not requeue the job that goes on without it.
+    line = [sys.executable, "-m", "dp4tl_dist.stage_job", "requeue", "--code", "137"]
+    done = cluster.call(*line, SLURM_JOB_ID=job, SLURM_RESTART_COUNT="0")
+    assert done.returncode == 137 and "is in a later life than this one" in done.stderr
+    assert cluster.facts(job)["JobState"] == "COMPLETED"
 
 
 def test_out_of_time(cluster: Any, place: Path) -> None:
@@ -106,19 +114,36 @@ def test_out_of_time(cluster: Any, place: Path) -> None:
     assert "with everything saved" in log
 
 
-def test_a_node_goes_off_and_another_is_unplugged(cluster: Any, place: Path) -> None:
+def rank_of(job: str, rank: int) -> int:
+    """The process of a job's rank, in whichever node's namespace it lives."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environ, line = (path / "environ").read_bytes().split(b"\0"), (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended since
+            continue
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+        if wanted <= {*environ} and b"train" in line and b"dp4tl_dist" in line:
+            return int(path.name)
+    raise AssertionError(f"rank {rank} of job {job} is not there")
+
+
+def test_a_node_goes_off_another_is_unplugged_and_a_rank_hangs(cluster: Any, place: Path) -> None:
     crashed = start(cluster, place, "crashed", "test1,test2", "--time=30")
     cut = start(cluster, place, "cut", "test3,test4", "--time=30")
-    cluster.until(lambda: reached(place / "crashed", 200) and reached(place / "cut", 200))
+    hung = start(cluster, place, "hung", "test1,test4", "--time=30")
+    cluster.until(lambda: all(reached(place / name, 200) for name in ("crashed", "cut", "hung")))
     cluster.script("crash", "test2")
     cluster.script("cut", "test3")  # the one of rank 0 and the batch script
+    os.kill(rank_of(hung, 1), signal.SIGSTOP)
     for job, node, mend in ((crashed, "test2", "boot"), (cut, "test3", "heal")):
         cluster.until(lambda job=job: cluster.facts(job)["Restarts"] != "0")
         cluster.script(mend, node)
-    for job in (crashed, cut):
+    for job, name in ((crashed, "crashed"), (cut, "cut"), (hung, "hung")):
         cluster.until(lambda job=job: cluster.ended(job))
-    assert_same(cluster, place, crashed, "crashed")
-    assert_same(cluster, place, cut, "cut")
+        assert_same(cluster, place, job, name)
+        assert cluster.facts(job)["Restarts"] == "1", (place / f"{name}.log").read_text()
+    log = (place / "hung.log").read_text()
+    assert "another rank ended, or does not answer" in log and log.count("goes back to the queue") == 1, log
 
 
 def test_restarts_have_a_limit(cluster: Any, place: Path) -> None:
