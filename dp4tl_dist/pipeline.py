@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import folder_lock, write_json
 from dp4tl_dist.launcher import StageProcess
 from dp4tl_dist.log import say
@@ -50,6 +51,9 @@ def carry_out(graph: Graph, stage: Stage, record: dict[str, Any], key: str, labe
     process = StageProcess(stage.argv, nproc=nproc, log=graph.out / "logs" / f"{stage.name}.log", label=label)
     try:
         process.run()
+    except (UserError, RuntimeError) as error:
+        record = {**record, "error": str(error)}  # it still counts as running: the next run goes on with it
+        raise
     finally:
         seconds = round(before + time.monotonic() - started, 3)
         write_json(record_path(graph, stage), {**record, "seconds": seconds})

@@ -49,6 +49,7 @@ def prepare(graph: Graph, stage: Stage, record: dict[str, Any], key: str) -> dic
     if stage.config is not None:
         write_json(graph.config_path(stage.name), stage.config)
     stage.output.parent.mkdir(parents=True, exist_ok=True)
+    record.pop("error", None)
     record = {**record, "status": "running", "argv": list(stage.argv), "version": __version__}
     write_json(record_path(graph, stage), record)
     return record

@@ -108,6 +108,7 @@ def sweep(verbs: Verbs) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
+    from dp4tl_dist.log import say
     from dp4tl_dist.pipeline import run
     from dp4tl_dist.stages import Graph
     from dp4tl_dist.sweep import read_sweep
@@ -118,7 +119,10 @@ def run_sweep(args: argparse.Namespace) -> None:
     if not args.tables:
         run(config, out=args.out, dry_run=args.dry_run)
     if not args.dry_run:
+        from dp4tl_dist.report.html import write_report
+
         write_tables(Graph(config, args.out))
+        say(f"report: {write_report(args.out)}")  # anew: it shows the tables
 
 
 def influence(verbs: Verbs) -> None:

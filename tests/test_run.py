@@ -178,3 +178,8 @@ def test_failing_stage_is_named(root: Path) -> None:
     )
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1].startswith("dp4tl: error: surrogate: train.batch_size 999")
+    record = json.loads((root / "bad" / "stages" / "surrogate.json").read_text())
+    assert record["status"] == "running" and record["error"].startswith("surrogate: train.batch_size 999")
+    assert dp4tl(root, "report", root / "bad").returncode == 0
+    page = (root / "bad" / "report.html").read_text()
+    assert ", 1 stopped" in page and "stopped: surrogate: train.batch_size 999" in page

@@ -180,7 +180,8 @@ def test_from_images_to_tables_and_again(root: Path, tmp_path: Path, monkeypatch
     assert surrogates["short"]["seconds"] > 0
     text = (out / "sweep.txt").read_text()
     assert "lm@auto+short" in text and "overlap" in text
-    assert main(["report", str(out)]) == 0  # a sweep is a run
+    page = (out / "report.html").read_text()
+    assert 'data-name="sweep"' in page and 'data-name="sweep-surrogates"' in page
 
 
 # ---------------------------------------------------------------- arithmetic

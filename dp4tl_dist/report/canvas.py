@@ -42,14 +42,14 @@ class ByMethod(dict[str, str]):
 
 C = ByMethod({**COLOURS, "dense": COLOURS["ink"]})
 STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9.5,
     "text.color": C["ink"], "axes.labelcolor": C["muted"], "axes.edgecolor": C["muted"], "axes.linewidth": 0.7,
     "xtick.color": C["muted"], "ytick.color": C["muted"], "axes.grid": True, "grid.color": C["grid"],
     "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.8, "figure.facecolor": "none", "axes.facecolor": "none",
     "axes.unicode_minus": True,
 }  # fmt: skip
-WIDE, SMALL = (4.7, 2.95), (3.7, 2.3)
+WIDE, SMALL = (4.4, 2.85), (3.5, 2.2)
 _number = itertools.count()
 
 

@@ -1,4 +1,4 @@
-"""What a reader should know before believing the page: skipped images, restarts, stages that are not done, chance."""
+"""What a reader should know before believing the page: skipped images, restarts, faults, stages not done, chance."""
 
 import statistics
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dp4tl_dist.arm_name import RANDOM
 from dp4tl_dist.data.beton import Beton, sidecar
 from dp4tl_dist.files import read_json
-from dp4tl_dist.report.collect import Run
+from dp4tl_dist.report.collect import Metrics, Run
 
 MUCH_WAITING = 0.3
 SHOWN_LINES = 20
@@ -20,8 +20,12 @@ def caveats(run: Run) -> Iterator[tuple[str, str]]:
         if restarts := meta.get("restarts"):
             yield stage, f"was cut off and continued {restarts} time{'s' if restarts != 1 else ''}"
     for stage in run.graph.stages:
+        if run.status(stage) in ("stopped", "failed"):
+            yield stage, f"{run.status(stage)}: {run.records[stage].get('error', 'it does not say why')}"
         if run.status(stage) == "started":
             yield stage, "has started and not ended: it is going on, or was cut off (the same command continues it)"
+        if bad := sum(_bad_samples(run.trainings.get(stage, []))):
+            yield stage, f"images that could not be decoded, seen and left out of the loss: {bad}"
         waits = [share for line in run.trainings.get(stage, []) if isinstance(share := line.get("data_wait"), float)]
         share = statistics.median(waits) if waits and run.graph.stages[stage].argv[0] == "train" else 0
         if share > MUCH_WAITING:
@@ -33,6 +37,11 @@ def caveats(run: Run) -> Iterator[tuple[str, str]]:
     if len(run.config.seeds) == 1:
         yield "seeds", "one seed only: small differences between arms may be chance"
     yield from (("files", text) for text in run.problems)
+
+
+def _bad_samples(lines: Metrics) -> Iterator[int]:
+    """As many as each step line counted; a line stands for the steps since the one before."""
+    yield from (bad for line in lines if isinstance(bad := line.get("bad_samples"), int))
 
 
 def _skipped(run: Run, name: str, beton: Beton) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dp4tl_dist.report.canvas import SMALL, ByMethod, C, canvas
 from dp4tl_dist.report.collect import PARTS, Arm, Metrics, mean_std, thin
-from dp4tl_dist.report.selection import Selection
+from dp4tl_dist.report.placing import place
 
 MARKERS = ByMethod({
     "dense": "D", "lm": "o", "fm": "s", "random": "X", "random-samples": "P", "lm-reverse": "v", "fm-reverse": "^",
@@ -20,8 +20,9 @@ MARKERS = ByMethod({
     "retrieval": "d", "forgetting": "8", "cld": "1", "influence": "H",
 })  # fmt: skip
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-MANY_CLASSES = 80
 POINTS = 240
+LETTER = (0.021, 0.062)
+"""What a letter of a name takes of a wide chart's axes, across and up."""
 
 
 def label(text: str, width: int = 26) -> str:
@@ -58,19 +59,15 @@ def accuracy_against_time(arms: Sequence[Arm], mode: str, title: str, text: str)
 
 
 def _name_points(axes: Axes, points: list[tuple[str, str, float, float]]) -> None:
-    """Names beside points, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
-    step = (high - low) / 13
-    taken: list[tuple[bool, float]] = []
-    for text, colour, x, y in sorted(points, key=lambda point: -point[3]):
-        on_left = x > left + 0.62 * (right - left)
-        place = y + 0.55 * step
-        while any(side == on_left and abs(place - other) < step for side, other in taken):
-            place -= 0.25 * step
-        taken.append((on_left, place))
-        shift = 0.022 * (right - left) * (-1 if on_left else 1)
-        axes.text(x + shift, place, text, color=colour, ha="right" if on_left else "left", va="center", weight="bold")
+    """Names beside points, where there is room."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    shares = [((x - left) / (right - left), (y - low) / (high - low)) for _, _, x, y in points]
+    boxes = place(shares, [(LETTER[0] * len(name), LETTER[1]) for name, *_ in points], LETTER[1] / 2)
+    for (name, colour, _, _), (x, _), box in zip(points, shares, boxes, strict=True):
+        ha = "left" if box.left > x else "right" if box.right < x else "center"
+        at = {"left": box.left, "right": box.right, "center": x}[ha]
+        middle = (box.bottom + box.top) / 2
+        axes.text(at, middle, name, color=colour, ha=ha, va="center", weight="bold", transform=axes.transAxes)
 
 
 def accuracy_against_ratio(arms: Sequence[Arm], mode: str, title: str, text: str) -> Markup | None:
@@ -114,7 +111,7 @@ def time_bars(arms: Sequence[Arm], title: str, text: str) -> Markup | None:
     if most <= 0:
         return None
     unit, name = time_unit(most)
-    with canvas(title, text, (4.7, 0.95 + 0.33 * len(arms))) as drawn:
+    with canvas(title, text, (4.4, 0.95 + 0.33 * len(arms))) as drawn:
         axes = drawn.axes
         axes.grid(axis="y", visible=False)
         left = np.zeros(len(arms))
@@ -129,74 +126,6 @@ def time_bars(arms: Sequence[Arm], title: str, text: str) -> Markup | None:
         axes.tick_params(axis="y", length=0, labelcolor=C["ink"])
         axes.invert_yaxis()
         drawn.figure.legend(loc="outside upper center", ncols=4, handlelength=1, columnspacing=1.2)
-    return drawn.svg
-
-
-def votes_per_class(found: Selection, title: str, text: str) -> Markup:
-    """Votes by rank, kept classes in the method's colour: the darker, the more arms keep them."""
-    votes, colour = found.votes[found.ranking], C.get(found.method.partition("+")[0], C["lm"])
-    forward = [row[found.ranking] for row, cut in zip(found.kept, found.cuts, strict=True) if not cut.reverse]
-    shades = np.sum(forward, axis=0) if forward else np.zeros(len(votes), int)
-    with canvas(title, text) as drawn:
-        axes = drawn.axes
-        axes.grid(axis="x", visible=False)
-        axes.set(xlabel=f"source {found.what}, most votes first", ylabel="votes")
-        for shade in np.unique(shades):
-            fill = colour if shade else C["pruned"]
-            alpha = 1.0 if not shade else 0.35 + 0.65 * shade / max(1, len(forward))
-            mine = np.flatnonzero(shades == shade)
-            if len(votes) <= MANY_CLASSES:
-                for rank, bar in zip(mine, axes.bar(mine + 1, votes[mine], 0.8, color=fill, alpha=alpha), strict=True):
-                    state = "kept" if shade else "pruned"
-                    drawn.tip(bar, f"{label(found.classes[found.ranking[rank]], 60)}: {votes[rank]} votes, {state}")
-            else:
-                axes.fill_between(
-                    1 + np.arange(len(votes)),
-                    np.where(shades == shade, votes, 0),
-                    step="mid",
-                    color=fill,
-                    alpha=alpha,
-                    linewidth=0,
-                )
-        _mark_cuts(axes, found)
-        axes.set_xlim(0.1, len(votes) + 0.9)
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return drawn.svg
-
-
-def _mark_cuts(axes: Axes, found: Selection) -> None:
-    top = axes.get_ylim()[1]
-    for i, cut in enumerate(found.cuts):
-        place = len(found.classes) - cut.count + 0.5 if cut.reverse else cut.count + 0.5
-        axes.axvline(place, color=C["muted"], linestyle=(0, (3, 2)), linewidth=1)
-        text, height = f"{cut.arm}{' →' if cut.reverse else ''}", top * (0.97 - 0.09 * (i % 6))
-        axes.annotate(text, (place, height), (4, 0), textcoords="offset points", va="top", fontsize=8)
-
-
-def coverage(found: Selection, title: str, text: str) -> Markup:
-    """Share of the votes that the first k classes of the ranking hold, and where the arms cut."""
-    reached = 100 * np.concatenate([[0], np.cumsum(found.votes[found.ranking])]) / max(1, found.votes.sum())
-    colour, total = C.get(found.method.partition("+")[0], C["lm"]), len(found.classes)
-    with canvas(title, text) as drawn:
-        axes = drawn.axes
-        axes.set(xlabel=f"source {found.what} kept", ylabel="votes covered, %", ylim=(0, 106), xlim=(0, total))
-        axes.plot([0, total], [0, 100], color=C["muted"], linestyle=":", linewidth=1.2)
-        axes.text(0.72 * total, 65, "chance", color=C["muted"], ha="left", va="top")
-        axes.plot(np.arange(total + 1), reached, color=colour)
-        for cut in (cut for cut in found.cuts if not cut.reverse):
-            axes.plot([cut.count] * 2, [0, 100 * cut.share], color=C["ink"], linestyle=(0, (3, 2)), linewidth=1)
-            (dot,) = axes.plot([cut.count], [100 * cut.share], "o", color=C["ink"], markersize=7, mec=C["paper"])
-            drawn.tip(dot, f"{cut.arm}: {cut.count} {found.what} hold {100 * cut.share:.1f} % of the votes")
-            ha = "right" if cut.count > 0.6 * total else "left"
-            axes.annotate(
-                f"{cut.arm}: {cut.count}, {100 * cut.share:.1f} %",
-                (cut.count, 100 * cut.share),
-                (6 if ha == "left" else -6, -13),
-                textcoords="offset points",
-                ha=ha,
-                fontsize=8,
-            )
     return drawn.svg
 
 

@@ -11,15 +11,20 @@ import numpy as np
 
 from dp4tl_dist.arm_name import AUTO, base_of, parse_arm
 from dp4tl_dist.config import validate
-from dp4tl_dist.data.beton import Beton, open_beton, sidecar
+from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.subset import Subset, load_subset
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.files import read_json
 from dp4tl_dist.log import read_jsonl
+from dp4tl_dist.report.artefacts import meta_of, run_folder, stages_of
 from dp4tl_dist.run_config import RunConfig
-from dp4tl_dist.stages import Graph, Stage, Trial
+from dp4tl_dist.stages import Graph, Trial
 
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
+STATES = ("done", "started", "stopped", "failed", "pending")
+"""Of a stage. started: it is going on, or was cut off. stopped: it ended before its time, and can go on."""
+ROBUST = "-robust"
+"""Behind a transfer's mode: its accuracy under attack."""
 Value = TypeVar("Value")
 Metrics = list[dict[str, Any]]
 
@@ -36,7 +41,7 @@ class Arm:
     target: str
     trials: tuple[Trial, ...]
     accuracy: dict[str, list[float]]
-    """Test accuracies in %, by transfer mode; a seed that is not measured yet is absent."""
+    """Test accuracies in %, by `Run.measures`; a seed that is not measured yet is absent."""
     seconds: dict[str, float | None]
     """Mean wall seconds of each of PARTS; None while no seed has them."""
     samples: float | None
@@ -87,8 +92,11 @@ class Run:
         return {name: found if isinstance(found := read.get(name), dict) else {} for name in paths}
 
     def status(self, stage: str) -> str:
-        """done, started (going on, or cut off) or pending."""
-        return {"done": "done", "running": "started"}.get(str(self.records[stage].get("status")), "pending")
+        """One of STATES."""
+        record = self.records[stage]
+        if record.get("status") == "running":
+            return "stopped" if "error" in record else "started"
+        return status if (status := record.get("status")) in ("done", "failed") else "pending"
 
     def seconds(self, stage: str) -> float | None:
         """Wall seconds of a finished stage."""
@@ -135,18 +143,23 @@ class Run:
         """Every arm on every target, in the config's order."""
         return [self._arm(arm, target) for target in self.config.targets for arm in self.config.arms]
 
+    @property
+    def measures(self) -> list[str]:
+        """What arms are judged by: the transfer's modes, and each with ROBUST behind it where attacks are run."""
+        modes = self.config.transfer.modes
+        return [*modes] + [mode + ROBUST for mode in modes if self.config.transfer.robust]
+
+    def _accuracies(self, trials: tuple[Trial, ...], measure: str) -> list[float]:
+        key = "robust_top1" if measure.endswith(ROBUST) else "top1"
+        mode = next(mode for mode in self.config.transfer.modes if mode == measure.removesuffix(ROBUST))
+        stages = [trial.transfers[mode] for trial in trials]
+        found = [self.metas[stage].get(key) for stage in stages if self.status(stage) == "done"]
+        return [100 * value for value in found if isinstance(value, int | float)]
+
     def _arm(self, name: str, target: str) -> Arm:
         found = parse_arm(name)
         trials = tuple(trial for trial in self.graph.trials if (trial.arm, trial.target) == (name, target))
-        accuracy: dict[str, list[float]] = {
-            mode: [
-                100 * value
-                for trial in trials
-                if isinstance(value := self.metas[trial.transfers[mode]].get("top1"), int | float)
-                and self.status(trial.transfers[mode]) == "done"
-            ]
-            for mode in self.config.transfer.modes
-        }
+        accuracy = {measure: self._accuracies(trials, measure) for measure in self.measures}
         counts = [len(subset.indices) for trial in trials if (subset := self.subset(trial))]
         if not counts:
             said = [self.metas[trial.pretrain].get("num_samples") for trial in trials]
@@ -180,38 +193,6 @@ class Run:
         return max((path.stat().st_mtime for path in paths), default=None)
 
 
-def stages_of(trial: Trial, part: str) -> list[str]:
-    """The names of the stages whose time is that of one of PARTS."""
-    if part == "surrogate":
-        return [stage for stage in trial.selection if stage.startswith("surrogate")]
-    if part == "voting":
-        return [stage for stage in trial.selection if not stage.startswith("surrogate")]
-    return [trial.pretrain] if part == "pretraining" else list(trial.transfers.values())
-
-
-def run_folder(stage: Stage) -> Path:
-    """Where a training or transfer stage writes its metrics."""
-    return stage.output.with_name(stage.output.name + ".run") if stage.argv[0] == "transfer" else stage.output
-
-
-def meta_of(stage: Stage) -> Any:
-    """The meta that the stage's output carries; None where there is no output yet."""
-    verb, path = stage.argv[0], stage.output
-    if verb == "train":
-        metas = sorted((path / "checkpoints").glob("step_*/meta.json"))
-        return read_json(metas[-1]) if metas else None
-    if not path.exists():
-        return None
-    if verb == "transfer":
-        return read_json(path)
-    if path.suffix == ".npz":
-        return load_npz(
-            path,
-            {"vote": "votes", "score": "scores", "cluster": "clusters", "influence": "influence"}.get(verb, "subset"),
-        )[1]
-    return read_json(sidecar(path))["meta"]
-
-
 def read_run(out: Path) -> Run:
     """Open what `dp4tl run --out` made. Anything else is a UserError."""
     path = out / "config.json"
@@ -222,6 +203,11 @@ def read_run(out: Path) -> Run:
         raise UserError(f"{path} is not the config of a run: pass the folder that `dp4tl run --out` made")
     config = validate(RunConfig, content, source=str(path))
     return Run(out, config, Graph(config, out))
+
+
+def spoken(measure: str) -> str:
+    """A measure as people say it."""
+    return measure.replace(ROBUST, " under attack")
 
 
 def mean_std(values: list[float]) -> tuple[float | None, float | None]:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -17,11 +18,15 @@ from markupsafe import Markup
 from dp4tl_dist import __version__
 from dp4tl_dist.files import atomic_file
 from dp4tl_dist.machine import num_cores, processor
-from dp4tl_dist.report import sections, tables
+from dp4tl_dist.report import provenance, sections, tables
+from dp4tl_dist.report.brute_force import forces
 from dp4tl_dist.report.caveats import caveats
-from dp4tl_dist.report.collect import Run, read_run
+from dp4tl_dist.report.collect import STATES, Run, read_run
 from dp4tl_dist.report.selection import selections
+from dp4tl_dist.report.studies import sweep_tables
 
+ALL_ROWS = 6000
+ALL_CONFIG_BYTES = 400_000
 PAGE = Path(__file__).parent / "page"
 PACKAGES = ("torch", "torchvision", "ffcv", "deepspeed", "numpy", "pillow")
 
@@ -48,6 +53,10 @@ def render(run: Run) -> str:
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     now = datetime.now(timezone.utc).timestamp()
     found = list(selections(run))
+    forced = list(forces(run, found))
+    lead, more = sections.in_words(run)
+    configs = list(stage_configs(run))
+    limit = ALL_ROWS // max(ALL_ROWS // tables.LIMIT, 2 * len(found) + len(forced))
     states = [run.status(stage) for stage in run.graph.stages]
     return environment.get_template("page.html.j2").render(
         run=run,
@@ -58,18 +67,22 @@ def render(run: Run) -> str:
         style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         written=clock(now),
         last_sign=clock(run.last_sign()),
-        states={state: states.count(state) for state in ("done", "started", "pending")},
-        sentences=list(sections.sentences(run)),
+        states={state: states.count(state) for state in STATES},
+        lead=lead,
+        more=more,
         results=tables.results(run),
-        cards=sections.cards(run, found),
+        cards=sections.cards(run, found, forced),
         headline=list(sections.headline(run)),
-        selections=[(item, sections.chosen(item), tables.affinities(item)) for item in found],
+        selections=[(item, sections.chosen(item, limit), tables.affinities(item, limit)) for item in found],
+        forced=[(item, sections.forced(item, limit), tables.agreed(item)) for item in forced],
+        sweep=sweep_tables(run),
         curves=list(sections.all_curves(run)),
-        stages=tables.stages(run),
-        datasets=tables.datasets(run),
-        fingerprints=tables.fingerprints(run),
+        stages=provenance.stages(run),
+        datasets=provenance.datasets(run),
+        fingerprints=provenance.fingerprints(run),
         config=json.dumps(run.config.model_dump(mode="json"), indent=2),
-        configs=list(stage_configs(run)),
+        configs=within(configs, ALL_CONFIG_BYTES),
+        num_configs=len(configs),
         commands=list(commands(run)),
         machine=machine(),
         warnings=list(caveats(run)),
@@ -88,10 +101,16 @@ def stage_configs(run: Run) -> Iterator[tuple[str, str]]:
             yield name, json.dumps(config, indent=2, sort_keys=True)
 
 
+def within(configs: list[tuple[str, str]], num_bytes: int) -> list[tuple[str, str]]:
+    """The first configs, as many as so many bytes hold."""
+    reached = itertools.accumulate(len(text) for _, text in configs)
+    return [config for config, sum_so_far in zip(configs, reached, strict=True) if sum_so_far <= num_bytes]
+
+
 def commands(run: Run) -> Iterator[tuple[str, str, str]]:
     """(stage, anchor, command line) of every stage."""
     for name, stage in run.graph.stages.items():
-        yield name, tables.anchor(name), shlex.join(["dp4tl", *stage.argv])
+        yield name, provenance.anchor(name), shlex.join(["dp4tl", *stage.argv])
 
 
 def machine() -> dict[str, str]:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from dp4tl_dist.arm_name import RANDOM
-from dp4tl_dist.report.collect import PARTS, Arm, Metrics, Run, mean_std, thin
+from dp4tl_dist.report.brute_force import Force
+from dp4tl_dist.report.collect import PARTS, ROBUST, Arm, Metrics, Run, mean_std, spoken, thin
 from dp4tl_dist.report.selection import Selection
 
 MAX_ROWS = 400
-CURVE_KEYS = ("loss", "val_top1", "val_loss", "lr", "resolution", "images_per_s", "data_wait")
+LIMIT = 2000
+"""Rows of a table that has one for each class, where the page holds few such tables."""
+CURVE_KEYS = ("loss", "val_top1", "val_robust_top1", "val_loss", "lr", "resolution", "images_per_s", "data_wait")
 
 
 class Link(NamedTuple):
@@ -30,6 +32,12 @@ class Table:
     name: str
     columns: tuple[tuple[str, str], ...]
     rows: list[tuple[Cell, ...]]
+    left_out: int = 0
+    """Rows that are not on the page, which would grow too large."""
+
+    @property
+    def total(self) -> int:
+        return len(self.rows) + self.left_out
 
     def shown(self, cell: Cell, column: int) -> str:
         """What a reader sees of a cell."""
@@ -44,35 +52,25 @@ class Table:
         return "" if cell is None else cell.text if isinstance(cell, Link) else str(cell)
 
 
-def anchor(stage: str) -> str:
-    """The id of a stage's row on the page."""
-    return f"stage-{stage}"
-
-
-def short(run: Run, path: Path) -> str:
-    """A path as seen from the run folder, where it lies inside."""
-    return str(path.relative_to(run.out) if path.is_relative_to(run.out) else path)
-
-
 def results(run: Run) -> Table:
     """The headline's numbers: one row for each arm and target."""
-    modes = run.config.transfer.modes
     rows: list[tuple[Cell, ...]] = []
     for arm in run.arms:
         dense, random = peer(run, arm, "dense"), peer(run, arm, "random")
         cells: list[Cell] = [arm.target, Link(arm.name, f"#arm-{arm.target}-{arm.name}"), arm.samples,
                              arm.seconds["pretraining"], arm.total, speed_up(dense, arm), 1 / arm.keep]  # fmt: skip
-        for mode in modes:
-            mean, std = mean_std(arm.accuracy[mode])
-            beside = [mean_std(other.accuracy[mode])[0] if other else None for other in (dense, random)]
-            cells += [f"{len(arm.accuracy[mode])} of {len(arm.trials)}", mean, std]
+        for measure, values in arm.accuracy.items():
+            mean, std = mean_std(values)
+            beside = [mean_std(other.accuracy[measure])[0] if other else None for other in (dense, random)]
+            cells += [] if measure.endswith(ROBUST) else [f"{len(values)} of {len(arm.trials)}"]
+            cells += [mean, std]
             cells += [None if mean is None or other is None else mean - other for other in beside]
         rows.append(tuple(cells))
     columns = [("target", ""), ("arm", ""), ("source samples", ".0f"), ("pretraining, s", ".1f"), ("total, s", ".1f"),
                ("speed-up", ".2f"), ("limit", ".2f")]  # fmt: skip
-    for mode in modes:
-        columns += [(f"{mode} seeds", ""), (f"{mode} top-1, %", ".2f"), ("std", ".2f"), ("to dense", "+.2f"),
-                    ("to random", "+.2f")]  # fmt: skip
+    for measure in run.measures:
+        columns += [] if measure.endswith(ROBUST) else [(f"{measure} seeds", "")]
+        columns += [(f"{spoken(measure)} top-1, %", ".2f"), ("std", ".2f"), ("to dense", "+.2f"), ("to random", "+.2f")]
     return Table("results", tuple(columns), rows)
 
 
@@ -110,18 +108,54 @@ def times(arms: Sequence[Arm]) -> Table:
     return Table(f"times-{arms[0].target}", tuple(heads), rows)
 
 
-def votes(found: Selection) -> Table:
-    """Every class by rank, with its votes, and which arms keep it."""
-    reached, rows = 0, []
+def cut_off(rows: list[tuple[Cell, ...]], limit: int) -> tuple[list[tuple[Cell, ...]], int]:
+    """The first `limit` rows, and how many more there are."""
+    return rows[:limit], max(0, len(rows) - limit)
+
+
+def votes(found: Selection, limit: int = LIMIT) -> Table:
+    """Every class by rank, with its votes, what it and those before it come to, and which arms keep it."""
+    reached, samples, rows = 0, 0, []
     for rank, i in enumerate(found.ranking.tolist()):
         reached += int(found.votes[i])
+        samples += 0 if found.sizes is None else int(found.sizes[i])
         by = ["kept" if row[i] else "pruned" for row in found.kept]
-        rows.append((rank + 1, found.classes[i], int(found.votes[i]), 100 * reached / max(1, found.votes.sum()), *by))
-    heads = (("rank", "d"), ("source class", ""), ("votes", "d"), ("covered, %", ".1f"))
-    return Table(f"votes-{found.method}-{found.target}", (*heads, *((cut.arm, "") for cut in found.cuts)), rows)
+        rows.append((rank + 1, found.classes[i], int(found.votes[i]), 100 * reached / max(1, found.votes.sum()),
+                     None if found.sizes is None else samples, *by))  # fmt: skip
+    heads = (("rank", "d"), ("source class", ""), ("votes", "d"), ("covered, %", ".1f"), ("samples up to it", "d"))
+    return Table(
+        f"votes-{found.method}-{found.target}", (*heads, *((cut.arm, "") for cut in found.cuts)), *cut_off(rows, limit)
+    )
 
 
-def affinities(found: Selection) -> Table:
+def influence(found: Force, limit: int = LIMIT) -> Table:
+    """Every class by what it does for the target, and which arms keep it."""
+    rows: list[tuple[Cell, ...]] = [
+        (rank + 1, found.classes[i], 100 * float(found.influence[i]), 100 * float(found.stderr[i]),
+         *("kept" if row[i] else "pruned" for row in found.kept))
+        for rank, i in enumerate(found.ranking.tolist())
+    ]  # fmt: skip
+    heads = (("rank", "d"), ("source class", ""), ("influence, points", "+.2f"), ("std. error", ".2f"))
+    return Table(f"influence-{found.target}", (*heads, *((arm.name, "") for arm in found.arms)), *cut_off(rows, limit))
+
+
+def agreed(found: Force) -> Table:
+    """How far each ranking by votes is brute force's: over all classes, and among the first ones."""
+    tops = [item["k"] for item in found.agreement[0][1]["top"]] if found.agreement else []
+    rows: list[tuple[Cell, ...]] = [
+        (
+            Link(method, f"#kept-{method}-{found.target}"),
+            item["spearman"],
+            *(100 * float(top["overlap"]) for top in item["top"]),
+        )
+        for method, item in found.agreement
+    ]
+    chance = [100 * k / len(found.classes) for k in tops]
+    heads = (("votes by", ""), ("Spearman", "+.2f"), *((f"of the first {k}, %", ".0f") for k in tops))
+    return Table(f"agreement-{found.target}", heads, [*rows, ("chance", 0.0, *chance)] if rows else [])
+
+
+def affinities(found: Selection, limit: int = LIMIT) -> Table:
     """One row for each target class and source class that its images voted for."""
     rows: list[tuple[Cell, ...]] = [
         (item.name, item.images, name, count, 100 * count / max(1, item.images), "kept" if kept else "pruned")
@@ -129,7 +163,7 @@ def affinities(found: Selection) -> Table:
         for name, count, kept in item.voted
     ]
     heads = (("target class", ""), ("images", "d"), ("voted for", ""), ("votes", "d"), ("share, %", ".1f"))
-    return Table(f"voted-{found.method}-{found.target}", (*heads, ("smallest arm", "")), rows)
+    return Table(f"voted-{found.method}-{found.target}", (*heads, ("smallest arm", "")), *cut_off(rows, limit))
 
 
 def curves(name: str, trainings: dict[str, Metrics]) -> Table:
@@ -148,61 +182,5 @@ def curves(name: str, trainings: dict[str, Metrics]) -> Table:
                 ended.append((stage, step if isinstance(step, int) else None, *values))
                 latest = {key: value for key, value in latest.items() if not key.startswith("val_")}
         rows += thin(ended, share)
-    forms = (".4f", ".4f", ".4f", ".5f", "d", ".0f", ".3f")
+    forms = (".4f", ".4f", ".4f", ".4f", ".5f", "d", ".0f", ".3f")
     return Table(name, (("stage", ""), ("step", "d"), *zip(keys, forms, strict=True)), rows)
-
-
-def stages(run: Run) -> Table:
-    """Every stage with its state, in the order of the run."""
-    rows: list[tuple[Cell, ...]] = []
-    for name, stage in run.graph.stages.items():
-        ranks = run.records[name].get("nproc")
-        restarts = run.metas[name].get("restarts")
-        rows.append((Link(name, f"#{anchor(name)}"), run.status(name), run.seconds(name),
-                     ranks if isinstance(ranks, int) else None,
-                     restarts if isinstance(restarts, int) else None,
-                     hardware(run.metas[name].get("hardware")), short(run, stage.output)))  # fmt: skip
-    heads = (("stage", ""), ("state", ""), ("seconds", ".1f"), ("ranks", "d"), ("restarts", "d"), ("made on", ""))
-    return Table("stages", (*heads, ("output", "")), rows)
-
-
-def hardware(found: object) -> str | None:
-    """A meta's hardware as people say it; None where it tells none."""
-    if not isinstance(found, dict):
-        return None
-    listed = found.get("gpus")
-    gpus = [str(name) for name in listed] if isinstance(listed, list) else []
-    counts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
-    return ", ".join([*counts, str(found.get("processor")), f"{found.get('cores')} cores"])
-
-
-def datasets(run: Run) -> Table:
-    rows: list[tuple[Cell, ...]] = [
-        (
-            name,
-            beton.num_samples,
-            beton.num_classes,
-            int(beton.sizes.sum()) / 2**20,
-            beton.fingerprint,
-            short(run, beton.path),
-        )
-        for name, beton in run.betons.items()
-    ]
-    heads = (("dataset", ""), ("samples", "d"), ("classes", "d"), ("images, MiB", ".1f"), ("fingerprint", ""))
-    return Table("datasets", (*heads, ("file", "")), rows)
-
-
-def fingerprints(run: Run) -> Table:
-    """What each model, votes file, subset and result was made from, by the digests that they carry."""
-    rows: list[tuple[Cell, ...]] = []
-    for name, stage in run.graph.stages.items():
-        record, meta = run.records[name], run.metas[name]
-        inputs = meta.get("inputs")
-        made = str(record.get("output", ""))
-        if made:
-            given = ", ".join(f"{what} {digest}" for what, digest in inputs.items()) if isinstance(inputs, dict) else ""
-            rows.append(
-                (Link(name, f"#{anchor(name)}"), str(meta.get("version") or ""), made, given, stage.output.name)
-            )
-    heads = (("stage", ""), ("version", ""), ("output's digest", ""), ("inputs", ""), ("output", ""))
-    return Table("fingerprints", heads, rows)

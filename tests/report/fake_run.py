@@ -11,12 +11,13 @@ from PIL import Image
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import JPEG, RAW, BetonWriter, open_beton
 from dp4tl_dist.files import make_meta, write_json
+from dp4tl_dist.prune.influence import Influence, save_influence
 from dp4tl_dist.prune.votes_file import Votes, save_votes
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Stage
 
 ARMS = ("dense", "lm@0.5", "random@0.5", "lm@0.25", "random@0.25", "lm-reverse@0.25")
-TOP1 = {"dense": 0.80, "lm": 0.79, "random": 0.60, "lm-reverse": 0.40}
+TOP1 = {"dense": 0.80, "lm": 0.79, "fm": 0.77, "random": 0.60, "influence": 0.70, "lm-reverse": 0.40}
 HOSTILE = (
     "<script>document.title = 'owned'</script>",
     '"><img src=x onerror="document.title=\'owned\'">',
@@ -30,18 +31,27 @@ HOSTILE = (
 
 
 def make_run(
-    out: Path, *, classes: tuple[str, ...] = HOSTILE, stop_at: str = "", modes: tuple[str, ...] = ("lp",)
+    out: Path,
+    *,
+    classes: tuple[str, ...] = HOSTILE,
+    stop_at: str = "",
+    modes: tuple[str, ...] = ("lp",),
+    arms: tuple[str, ...] = ARMS,
+    targets: tuple[str, ...] = ("pets",),
+    robust: bool = False,
 ) -> Graph:
-    """Two seeds of every arm on one target; `stop_at` names the stage that is still going on."""
+    """Two seeds of every arm on every target; `stop_at` names the stage that is still going on."""
+    paths = {"train": "synthetic:target/train", "test": "synthetic:target/test"}
     config = RunConfig.model_validate({
-        "source": {"train": "synthetic:source/train"}, "arms": ARMS, "seeds": (0, 1), "transfer": {"modes": modes},
-        "targets": {"pets": {"train": "synthetic:target/train", "test": "synthetic:target/test"}},
+        "source": {"train": "synthetic:source/train"}, "arms": arms, "seeds": (0, 1),
+        "transfer": {"modes": modes, "robust": robust}, "targets": dict.fromkeys(targets, paths),
     })  # fmt: skip
     graph = Graph(config, out)
     write_json(out / "config.json", config.model_dump(mode="json"))
     for folder in ("data", "votes", "subsets", "transfer", "stages", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    makers = {"write": _write, "train": _train, "vote": _vote, "prune": _prune, "transfer": _transfer}
+    makers = {"write": _write, "train": _train, "vote": _vote, "prune": _prune, "transfer": _transfer,
+              "influence": _influence}  # fmt: skip
     for number, stage in enumerate(graph.stages.values()):
         going_on = stage.name == stop_at
         makers[stage.argv[0]](graph, stage, classes, going_on)
@@ -94,12 +104,21 @@ def _train(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool)
 
 
 def _vote(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool) -> None:
-    source, target = open_beton(graph.source), open_beton(graph.targets["pets"][0])
+    _, method, name = stage.name.split("-")
+    source, target = open_beton(graph.source), open_beton(graph.targets[name][0])
     predictions = (target.labels * 2 + np.arange(target.num_samples) % 2) % len(classes)
     votes = np.bincount(predictions, minlength=len(classes))
     meta = make_meta("votes", inputs={"source": source.fingerprint})
     sizes = np.array([len(predictions)])
-    save_votes(stage.output, Votes(votes[None], votes[None] / 2.0, predictions, sizes, "lm", source.classes, meta))
+    save_votes(stage.output, Votes(votes[None], votes[None] / 2.0, predictions, sizes, method, source.classes, meta))
+
+
+def _influence(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool) -> None:
+    value = np.linspace(-0.02, 0.05, len(classes))  # the last class helps most
+    meta = make_meta("influence", inputs={"source": open_beton(graph.source).fingerprint})
+    stage.output.parent.mkdir(exist_ok=True)
+    masks = np.ones((6, len(classes)), bool)
+    save_influence(stage.output, Influence(value, np.full(len(classes), 0.01), masks, np.full(6, 0.5), meta))
 
 
 def _prune(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool) -> None:
@@ -108,9 +127,8 @@ def _prune(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool)
 
 def _transfer(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool) -> None:
     _metrics(stage.output.with_name(stage.output.name + ".run"), epochs=2, torn=going_on)
-    arm = stage.output.name.split("-", 1)[1].split("-pets")[0].split("@")[0]
-    top1 = TOP1[arm] + (0.01 if "-s1" in stage.name else 0.0)
+    arm = stage.output.name.split("-", 1)[1].partition("@")[0]
+    top1 = TOP1["dense" if arm.startswith("dense") else arm] + (0.01 if "-s1" in stage.name else 0.0)
+    found = {"top1": top1, "mode": "lp"} | ({"robust_top1": top1 / 2} if graph.config.transfer.robust else {})
     if not going_on:
-        write_json(
-            stage.output, make_meta("transfer", config={}, inputs={"test": "f00"}) | {"top1": top1, "mode": "lp"}
-        )
+        write_json(stage.output, make_meta("transfer", config={}, inputs={"test": "f00"}) | found)

@@ -9,7 +9,10 @@ import pytest
 from chromium import EXECUTABLE, Chromium
 from fake_run import HOSTILE, make_run
 
+from dp4tl_dist.config import load_config
+from dp4tl_dist.report.collect import read_run
 from dp4tl_dist.report.html import write_report
+from dp4tl_dist.run_config import RunConfig
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="needs Chromium (apt-get install chromium)")
 COLUMN = "[...document.querySelectorAll('table[data-name=\"{}\"] tbody tr')].map((row) => row.cells[{}].dataset.v)"
@@ -34,8 +37,13 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(out)
 
 
+@pytest.fixture(scope="module")
+def full(rich: Path) -> Path:
+    return rich / "report.html"
+
+
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("which", ["page", "half"])
+@pytest.mark.parametrize("which", ["page", "half", "full"])
 def test_renders(browser: Chromium, request: pytest.FixtureRequest, which: str, width: int) -> None:
     path = request.getfixturevalue(which)
     browser.open(path, width=width)
@@ -112,11 +120,39 @@ def test_csv(browser: Chromium, page: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     with open(path, newline="", encoding="utf-8") as handle:
         rows = list(csv.reader(handle))
-    assert rows[0] == ["rank", "source class", "votes", "covered, %", "lm@0.5", "lm@0.25", "lm-reverse@0.25"]
+    assert rows[0] == [
+        "rank", "source class", "votes", "covered, %", "samples up to it", "lm@0.5", "lm@0.25", "lm-reverse@0.25"
+    ]  # fmt: skip
     assert [row[0] for row in rows[1:]] == [str(rank) for rank in range(1, len(HOSTILE) + 1)]
     expected = {name.replace("\udcff", "?") for name in HOSTILE}
     assert {row[1].removeprefix("'") for row in rows[1:]} == expected
     assert sum(row[1].startswith("'=") for row in rows[1:]) == 1  # no formula
+
+
+def test_the_config_can_be_saved_and_run_again(browser: Chromium, page: Path, tmp_path: Path) -> None:
+    browser.open(page)
+    browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.run("document.querySelector('button.save').click()")
+    path, end = tmp_path / "config.json", time.monotonic() + 20
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert read_run(page.parent).config == load_config(RunConfig, str(path), [])
+
+
+def test_names_in_charts_do_not_lie_on_each_other(browser: Chromium, full: Path) -> None:
+    """As the browser's own font sets them."""
+    browser.open(full)
+    found = browser.run("""[...document.querySelectorAll('figure')]
+        .filter((figure) => figure.querySelector('h3').textContent.includes('against time'))
+        .map((figure) => [...figure.querySelectorAll('svg text')].filter((text) => text.textContent.includes('@'))
+            .map((text) => text.getBoundingClientRect()).map((box) => [box.left, box.top, box.right, box.bottom]))""")
+    assert [len(boxes) for boxes in found] == [7] * 4
+    leading = 6  # a line's box is that much higher than its letters
+    for boxes in found:
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            for other in boxes[i + 1 :]:
+                apart = right < other[0] or other[2] < left or bottom - leading < other[1] or other[3] - leading < top
+                assert apart, (boxes[i], other)
 
 
 def test_hostile_names_stay_text(browser: Chromium, page: Path) -> None:

@@ -18,13 +18,14 @@ from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.machine import processor
 from dp4tl_dist.prune.votes_file import Members, load_votes, save_votes
-from dp4tl_dist.report import selection, tables
+from dp4tl_dist.report import provenance, selection, tables
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.charts import time_unit
 from dp4tl_dist.report.collect import read_run, thin
 from dp4tl_dist.report.html import render, write_report
 from dp4tl_dist.report.sections import sentences
-from dp4tl_dist.report.selection import THUMB_SIDE, data_uri, selections
+from dp4tl_dist.report.selection import selections
+from dp4tl_dist.report.thumbs import THUMB_SIDE, data_uri
 
 
 def test_one_file_that_needs_nothing(whole: Path) -> None:
@@ -52,7 +53,7 @@ def test_the_numbers_are_those_of_the_results(whole: Path) -> None:
 
 
 def test_the_sentence(whole: Path) -> None:
-    first = next(iter(sentences(read_run(whole)))).replace("\N{NO-BREAK SPACE}", " ")
+    first = next(iter(sentences(read_run(whole), "pets"))).replace("\N{NO-BREAK SPACE}", " ")
     assert first.startswith(
         "lm@0.5 keeps 50 % of the source classes and reaches 79.50 ± 0.71 % on pets, 1.00 points below pretraining on "
         "all classes and 19.00 points above a random choice of that size; it takes "
@@ -60,11 +61,11 @@ def test_the_sentence(whole: Path) -> None:
 
 
 def test_every_stage_tells_what_it_was_made_on(whole: Path) -> None:
-    shown = {row[0].text: row[5] for row in tables.stages(read_run(whole)).rows if isinstance(row[0], tables.Link)}
+    shown = {row[0].text: row[5] for row in provenance.stages(read_run(whole)).rows if isinstance(row[0], tables.Link)}
     assert set(shown.values()) == {f"{processor()}, {os.cpu_count()} cores"}
     several = {"processor": "P", "cores": 8, "gpus": ["A", "B", "A"]}
-    assert tables.hardware(several) == "2 x A, 1 x B, P, 8 cores"
-    assert tables.hardware(None) is None
+    assert provenance.hardware(several) == "2 x A, 1 x B, P, 8 cores"
+    assert provenance.hardware(None) is None
 
 
 def test_hostile_names_are_text(whole: Path) -> None:

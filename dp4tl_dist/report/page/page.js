@@ -24,6 +24,14 @@ for (const button of document.querySelectorAll("button.sort")) button.addEventLi
   table.tBodies[0].append(...known, ...rows.filter((row) => value(row) === ""));
 });
 
+const save = (name, type, text) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+};
+
 // CSV: full values, quoted; text that a spreadsheet would run as a formula is kept text by an apostrophe.
 const cell = (text, isText) => `"${(isText && /^[=+\-@\t\r]/.test(text) ? "'" : "") + text.replaceAll('"', '""')}"`;
 for (const button of document.querySelectorAll("button.csv")) button.addEventListener("click", () => {
@@ -32,11 +40,10 @@ for (const button of document.querySelectorAll("button.csv")) button.addEventLis
   const lines = [heads.map((head) => cell(head.textContent, true))];
   for (const row of table.tBodies[0].rows)
     lines.push([...row.cells].map((td, i) => cell(td.dataset.v, !heads[i].classList.contains("num"))));
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([lines.map((line) => line.join(",")).join("\r\n") + "\r\n"], { type: "text/csv" }));
-  link.download = `${button.dataset.for}.csv`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  save(`${button.dataset.for}.csv`, "text/csv", lines.map((line) => line.join(",")).join("\r\n") + "\r\n");
+});
+for (const button of document.querySelectorAll("button.save")) button.addEventListener("click", () => {
+  save(`${button.dataset.for}.json`, "application/json", document.getElementById(button.dataset.for).textContent + "\n");
 });
 
 // A link into something folded unfolds it.
