@@ -41,9 +41,17 @@ class Clusters:
 
 def nearest(clusters: Clusters, count: int = NUM_NEAREST) -> NDArray[np.int64]:
     """(clusters, count): positions of the samples nearest to each centre, nearest first; -1 where there are fewer."""
-    found = np.full((clusters.num_clusters, count), -1, np.int64)
-    order = np.lexsort((np.arange(len(clusters.assignment)), clusters.distances, clusters.assignment))
-    ends = np.cumsum(clusters.sizes)
+    return nearest_of(clusters.assignment, clusters.distances, clusters.num_clusters, count)
+
+
+def nearest_of(
+    groups: NDArray[np.integer], distances: NDArray[np.floating], num_groups: int, count: int = NUM_NEAREST
+) -> NDArray[np.int64]:
+    """(num_groups, count): positions in `groups` (n,) of each one's samples with the least `distances` (n,), the least
+    first and of equals the first; -1 where there are fewer."""
+    found = np.full((num_groups, count), -1, np.int64)
+    order = np.lexsort((np.arange(len(groups)), distances, groups))
+    ends = np.cumsum(np.bincount(groups, minlength=num_groups))
     for i, members in enumerate(np.split(order, ends[:-1])):
         found[i, : len(members[:count])] = members[:count]
     return found

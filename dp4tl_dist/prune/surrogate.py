@@ -19,10 +19,21 @@ from dp4tl_dist.data.loader import Batch, BetonLoader, CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.log import progress
 from dp4tl_dist.models import logits_and_features, normalise
-from dp4tl_dist.prune.votes import Tally, add_group_sums, centres_of, check_sums, from_units, largest
+from dp4tl_dist.prune.clusters_file import NUM_NEAREST, nearest_of
+from dp4tl_dist.prune.votes import (
+    Tally,
+    add_group_sums,
+    centres_of,
+    check_sums,
+    exact_squares,
+    from_units,
+    largest,
+)
 from dp4tl_dist.world import World, all_max, all_sum, gather_rows
 
 Result = TypeVar("Result")
+CANDIDATES = 2**15
+"""Samples, of all classes, whose features are kept until the means are known."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +129,42 @@ def cast_votes(
 
 def class_centres(
     surrogate: Surrogate, world: World, beton: Beton, *, label: str = "class means"
-) -> NDArray[np.float64]:
-    """The mean feature of each class, float64 (classes, dim), the same on every rank; NaN for an empty class."""
-    _, items = shard(surrogate, world, beton, label=label)
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The mean feature of each class, float64 (classes, dim), NaN for an empty one; and the positions of the samples
+    nearest to it, among the class's first ones, as in `Clusters`. The same on every rank.
+    """
+    positions, items = shard(surrogate, world, beton, label=label)
     counts = torch.zeros(beton.num_classes, dtype=torch.int64, device=world.device)
-    sums, top = None, 0.0
+    candidates = first_of_classes(beton.labels, min(64, max(NUM_NEAREST, CANDIDATES // beton.num_classes)))
+    kept: list[Tensor] = []
+    sums, top, seen = None, 0.0, 0
     for batch, _, features in items:
         if sums is None:
             sums = torch.zeros(beton.num_classes, features.shape[1], dtype=torch.int64, device=world.device)
         add_group_sums(sums, counts, features, batch.labels)
         top = max(top, largest(features))
+        mine = np.isin(positions[seen : seen + len(features)], candidates)
+        kept.append(features[torch.from_numpy(mine).to(features.device)].cpu())
+        seen += len(features)
     # A rank without a batch learns the features' length from the others.
     dim = int(all_max(world, np.array([0 if sums is None else sums.shape[1]]))[0])
-    mine = np.zeros((beton.num_classes, dim), np.int64) if sums is None else sums.cpu().numpy()
+    summed = np.zeros((beton.num_classes, dim), np.int64) if sums is None else sums.cpu().numpy()
     check_sums(float(all_max(world, np.array([top]))[0]), beton.num_samples, what=f"features of {beton.path} are")
-    total = from_units(torch.from_numpy(all_sum(world, mine)))
-    return centres_of(total.numpy(), all_sum(world, counts.cpu().numpy()))
+    total = from_units(torch.from_numpy(all_sum(world, summed)))
+    centres = centres_of(total.numpy(), all_sum(world, counts.cpu().numpy()))
+    own = positions[np.isin(positions, candidates)]
+    rows = torch.cat([torch.zeros(0, dim), *kept]).double()
+    squares = exact_squares(rows - torch.from_numpy(centres[beton.labels[own]])).numpy()
+    places = np.searchsorted(candidates, own)
+    found = nearest_of(
+        beton.labels[candidates], gather_rows(world, places, squares, len(candidates)), beton.num_classes
+    )
+    return centres, np.where(found < 0, -1, candidates[found])
+
+
+def first_of_classes(labels: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """Positions, ascending, of the first `count` samples of each class."""
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[rank < count])

@@ -90,9 +90,11 @@ def vote(
     classes = tuple(meta["classes"]) if method == "lm" or origin is None else origin.classes
     if found is not None:
         classes = tuple(f"cluster {i}" for i in range(found.num_clusters))
-    centres = None
-    if method == "fm":
-        centres = _class_means(network, world, origin) if found is None else found.centres
+    centres = closest = None
+    if method == "fm" and found is None:
+        centres, closest = _class_means(network, world, origin)
+    elif found is not None:
+        centres = found.centres
     result = _cast(network, world, betons, centres, len(classes))
     config = {
         "method": method, "surrogate": str(surrogate), "targets": [str(path) for path in targets],
@@ -101,7 +103,7 @@ def vote(
         "bf16": network.bf16,
     }  # fmt: skip
     members = None if found is None else Members(found.assignment, nearest(found))
-    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs), members)
+    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs), members, closest)
     on_main(world, lambda: save_votes(out, votes))
     return summarise(votes)
 
@@ -180,7 +182,9 @@ def _of_clusters(
     return {"source": made_for["source"], "clusters": digest_file(path)}
 
 
-def _class_means(network: "Surrogate", world: World, source: Beton | None) -> NDArray[np.float64]:
+def _class_means(
+    network: "Surrogate", world: World, source: Beton | None
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     from dp4tl_dist.prune.surrogate import class_centres
 
     assert source is not None

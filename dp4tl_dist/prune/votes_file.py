@@ -41,6 +41,8 @@ class Votes:
     meta: dict[str, Any] = field(default_factory=dict)
     members: Members | None = None
     """None where the groups are the source's classes."""
+    closest: NDArray[np.int64] | None = None
+    """(classes, some): as `Members.nearest`, of FM's class means; None for LM and in older files."""
 
     @property
     def what(self) -> str:
@@ -66,6 +68,8 @@ def save_votes(path: Path, votes: Votes) -> None:
     }
     if votes.members is not None:
         arrays |= {"assignment": votes.members.assignment, "nearest": votes.members.nearest}
+    elif votes.closest is not None:
+        arrays["nearest"] = votes.closest
     save_npz(path, arrays, meta)
 
 
@@ -77,10 +81,12 @@ def load_votes(path: Path, *, beton: Beton | None = None) -> Votes:
     axes = 1 if len(sizes) == 1 else 2
     votes = np.atleast_2d(require_array(path, arrays, "votes", dtype="int64", ndim=axes))
     affinity = np.atleast_2d(require_array(path, arrays, "affinity", dtype="float64", ndim=axes))
-    members = None
+    members = closest = None
     if "assignment" in arrays:
         assignment = require_array(path, arrays, "assignment", dtype="int32", ndim=1)
         members = Members(assignment, require_array(path, arrays, "nearest", dtype="int64", ndim=2))
+    elif "nearest" in arrays:
+        closest = require_array(path, arrays, "nearest", dtype="int64", ndim=2)
     classes, method = meta.pop("classes", None), meta.pop("method", None)
     if beton is not None:
         inputs = meta.get("inputs")
@@ -94,10 +100,11 @@ def load_votes(path: Path, *, beton: Beton | None = None) -> Votes:
         or np.isnan(affinity).any()
         or not _add_up(votes, predictions, sizes)
         or (members is None and beton is not None and len(classes) != beton.num_classes)
+        or (closest is not None and not _are_theirs(closest, len(classes), beton))
         or (members is not None and not _belong(members, len(classes), beton))
     ):
         raise UserError(f"{path} holds votes that do not add up: make it again with `dp4tl vote`")
-    return Votes(votes, affinity, predictions, sizes, method, tuple(classes), meta, members)
+    return Votes(votes, affinity, predictions, sizes, method, tuple(classes), meta, members, closest)
 
 
 def _belong(members: Members, num_groups: int, beton: Beton | None) -> bool:
@@ -105,6 +112,17 @@ def _belong(members: Members, num_groups: int, beton: Beton | None) -> bool:
     near, num_samples = members.nearest, len(members.assignment)
     named = len(near) == num_groups and (near >= -1).all() and (near < num_samples).all()
     return bool(named) and fit_together(members.assignment, num_groups, beton)
+
+
+def _are_theirs(closest: NDArray[np.int64], num_classes: int, beton: Beton | None) -> bool:
+    """Whether `closest` names samples of each class (and, where the source is not there to be asked, could)."""
+    if len(closest) != num_classes or (closest < -1).any():
+        return False
+    rows, columns = np.nonzero(closest >= 0)
+    named = closest[rows, columns]
+    if beton is None or not len(named):
+        return True
+    return bool(named.max() < beton.num_samples and (beton.labels[named] == rows).all())
 
 
 def _add_up(votes: NDArray[np.int64], predictions: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:

@@ -108,8 +108,9 @@ def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) 
     return Selection(
         target, method, arms, cast.what, cast.classes, votes, ranking, sizes, suggest(votes[ranking]), kept,
         tuple(cuts), top_kept, top_pruned, affinities,
-        "Shown are " + ("the first images of each class." if cast.members is None else "the images nearest to each "
-                        "cluster's centre, nearest first."),
+        "Shown are the images " + ("nearest to each cluster's centre, nearest first." if cast.members is not None else
+        "nearest to the mean of each class, of its first ones, nearest first." if cast.closest is not None else
+        "that each class begins with."),
     )  # fmt: skip
 
 
@@ -129,8 +130,8 @@ def kept_by(run: Run, target: str, method: str, num_classes: int) -> tuple[tuple
 
 
 class _Sampler:
-    """Picks the images that stand for groups: a class's first ones in the file, which is shuffled, or those nearest to
-    a cluster's centre."""
+    """Picks the images that stand for groups: those nearest to a cluster's centre or (FM) a class's mean; for LM
+    a class's first ones in the file, which is shuffled."""
 
     def __init__(self, run: Run, thumbs: Thumbs, votes: Votes) -> None:
         self.source, self.thumbs, self.votes = run.betons.get("source"), thumbs, votes
@@ -143,8 +144,8 @@ class _Sampler:
     def _images(self, label: int, count: int = SHOWN_IMAGES) -> tuple[Thumb, ...]:
         if self.source is None:
             return ()
-        members = self.votes.members
-        chosen = np.flatnonzero(self.source.labels == label) if members is None else members.nearest[label]
+        near = self.votes.closest if self.votes.members is None else self.votes.members.nearest
+        chosen = np.flatnonzero(self.source.labels == label) if near is None else near[label]
         return self.thumbs.of(self.source, [index for index in chosen[:count].tolist() if index >= 0])
 
     def affinities(self, target: Beton, kept: NDArray[np.bool_]) -> Iterator[Affinity]:

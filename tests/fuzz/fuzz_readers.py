@@ -68,6 +68,11 @@ def votes_seeds(folder: Path) -> list[Files]:
         folder / "x.npz", Votes(votes, votes / 2.0, predictions, np.array([3]), "fm", names, meta, members=members)
     )
     found.append({"x.npz": (folder / "x.npz").read_bytes()})
+    closest = np.array([[0, 3], [2, -1]])
+    save_votes(
+        folder / "x.npz", Votes(votes, votes / 2.0, predictions, np.array([3]), "fm", names, meta, closest=closest)
+    )
+    found.append({"x.npz": (folder / "x.npz").read_bytes()})
     return found
 
 
@@ -84,6 +89,8 @@ def read_votes(folder: Path) -> Iterator[None]:
         assigned, near = found.members.assignment, found.members.nearest
         assert len(assigned) and assigned.min() >= 0 and assigned.max() < len(found.classes) == len(near)
         assert near.size == 0 or (near.min() >= -1 and near.max() < len(assigned))
+    if found.closest is not None:
+        assert len(found.closest) == len(found.classes) and found.closest.min(initial=0) >= -1
     ranking = rank_groups(*combine(found.votes, found.affinity))
     assert np.array_equal(np.sort(ranking), np.arange(len(found.classes)))
     yield

@@ -1,6 +1,7 @@
 """`vote` on real files: LM and FM against oracles, bit-equal for any number of ranks; what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from dp4tl_dist.data.loader import BetonLoader, CentreView
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz
 from dp4tl_dist.models import logits_and_features, normalise
+from dp4tl_dist.prune import surrogate as module
+from dp4tl_dist.prune.clusters_file import NUM_NEAREST
 from dp4tl_dist.prune.make import vote
 from dp4tl_dist.prune.surrogate import Surrogate, stream
-from dp4tl_dist.prune.votes_file import load_votes
+from dp4tl_dist.prune.votes_file import load_votes, save_votes
 from dp4tl_dist.train.checkpoint import load_model
 from dp4tl_dist.world import World
 
@@ -82,6 +85,31 @@ def test_fm(surrogate: Path, source: Beton, target: Beton, tmp_path: Path) -> No
     assert votes.votes[0].tolist() == np.bincount(distances.argmin(axis=1), minlength=10).tolist()
     assert votes.affinity[0, 6] == -np.inf  # the class without samples
     np.testing.assert_allclose(votes.affinity[0], -distances.sum(axis=0), rtol=1e-4)
+    from_own = np.linalg.norm(source_features - centres[source.labels], axis=1)
+    assert votes.closest is not None and votes.closest.shape == (10, NUM_NEAREST)
+    for label, found in enumerate(votes.closest):
+        mine = np.flatnonzero(source.labels == label)
+        assert found[: len(mine)].tolist() == mine[np.argsort(from_own[mine])][:NUM_NEAREST].tolist()
+        assert (found[len(mine) :] == -1).all()
+
+
+def test_fm_looks_for_the_nearest_among_the_first(
+    surrogate: Path, source: Beton, target: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CANDIDATES", 0)
+    out = tmp_path / "v.npz"
+    vote(World(), method="fm", surrogate=surrogate, targets=[target.path], source=source.path, out=out)
+    votes = load_votes(out, beton=source)
+    assert votes.closest is not None
+    for label, found in enumerate(votes.closest):
+        first = np.flatnonzero(source.labels == label)[:NUM_NEAREST].tolist()
+        assert sorted(found.tolist()) == sorted([*first, *[-1] * (NUM_NEAREST - len(first))])
+    wrong = votes.closest.copy()
+    wrong[0, 0] = wrong[1, 0]
+    for damaged in (wrong, wrong[:-1], np.full_like(wrong, -2), np.full_like(wrong, source.num_samples)):
+        save_votes(out, replace(votes, closest=damaged))
+        with pytest.raises(UserError, match="do not add up"):
+            load_votes(out, beton=source)
 
 
 def test_several_targets_stand_in_rows(surrogate: Path, source: Beton, target: Beton, tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """A run with everything: several targets and seeds, attacks, brute force, a sweep's tables, and faults."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import HOSTILE
 
+from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.files import read_json, write_json
+from dp4tl_dist.prune.votes_file import load_votes, save_votes
 from dp4tl_dist.report import html, tables
 from dp4tl_dist.report.brute_force import forces
 from dp4tl_dist.report.caveats import caveats
@@ -15,6 +19,7 @@ from dp4tl_dist.report.html import render
 from dp4tl_dist.report.placing import Box, place
 from dp4tl_dist.report.sections import in_words
 from dp4tl_dist.report.selection import selections
+from dp4tl_dist.report.thumbs import data_uri
 
 
 def columns(table: tables.Table) -> list[str]:
@@ -68,6 +73,21 @@ def test_brute_force(rich: Path) -> None:
     assert agreed.rows[0][1] == found[0].agreement[0][1]["spearman"]
     page = render(run)
     assert 'id="kept-influence-birds"' in page and "6 small models" in page
+
+
+def test_fm_shows_the_images_nearest_to_the_means(copy_of_rich: Path) -> None:
+    path, source = copy_of_rich / "votes" / "vote-fm-pets.npz", open_beton(copy_of_rich / "data/source-train.beton")
+    last = np.stack([np.flatnonzero(source.labels == label)[::-1] for label in range(source.num_classes)])
+    save_votes(path, replace(load_votes(path), closest=last))
+    found = {(item.method, item.target): item for item in selections(read_run(copy_of_rich))}
+    near, plain = found["fm", "pets"], found["lm", "pets"]
+    assert "nearest to the mean" in near.shown and "begins with" in plain.shown
+    for item in near.top_kept:
+        expected = [data_uri(source, int(i)) for i in last[near.classes.index(item.name)][:3]]
+        assert [thumb.uri for thumb in item.thumbs] == expected
+    left, right = near.affinities[0].pairs[0]
+    assert right.uri == data_uri(source, int(last[near.classes.index(near.affinities[0].voted[0][0])][0]))
+    assert left.caption == near.affinities[0].name
 
 
 def test_a_damaged_influence_file_is_named(copy_of_rich: Path) -> None:
