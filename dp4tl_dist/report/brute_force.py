@@ -47,7 +47,7 @@ def forces(run: Run, found: Sequence[Selection]) -> Iterator[Force]:
 
 
 def _force(run: Run, target: str, source: Beton, read: Influence, found: Sequence[Selection]) -> Force:
-    thumbs = Thumbs(run, int(SHARE_OF_THUMBS * ALL_THUMBS_BYTES / len(run.config.targets)))
+    thumbs = Thumbs(run, int(run.detail * SHARE_OF_THUMBS * ALL_THUMBS_BYTES / len(run.config.targets)))
     ranking = rank_influence(read.influence)
 
     def samples(ids: list[int]) -> tuple[ClassSample, ...]:

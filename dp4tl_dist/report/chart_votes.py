@@ -33,14 +33,13 @@ def votes_per_class(found: Selection, title: str, text: str) -> Markup:
                     state = "kept" if shade else "pruned"
                     drawn.tip(bar, f"{label(found.classes[found.ranking[rank]], 60)}: {votes[rank]} votes, {state}")
             else:
-                axes.fill_between(
-                    1 + np.arange(len(votes)),
-                    np.where(shades == shade, votes, 0),
-                    step="mid",
-                    color=fill,
-                    alpha=alpha,
-                    linewidth=0,
-                )
+                # One step for each run of classes that are alike: a page has many such charts.
+                ends = np.append(np.flatnonzero(np.diff(votes) | np.diff(shades)), len(votes) - 1)
+                own = np.flatnonzero(shades[ends] == shade)
+                part = ends[own[0] : own[-1] + 1]
+                edges = np.append([ends[own[0] - 1] if own[0] else -1], part) + 1.5
+                heights = np.where(shades[part] == shade, votes[part], 0)
+                axes.stairs(heights, edges, fill=True, color=fill, alpha=alpha, linewidth=0)
         _mark_cuts(axes, found)
         axes.set_xlim(0.1, len(votes) + 0.9)
         axes.set_ylim(bottom=0)

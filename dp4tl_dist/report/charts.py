@@ -20,7 +20,8 @@ MARKERS = ByMethod({
     "retrieval": "d", "forgetting": "8", "cld": "1", "influence": "H",
 })  # fmt: skip
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-POINTS = 240
+POINTS, ALL_POINTS = 240, 3000
+"""Of a line, and of all lines of a chart."""
 LETTER = (0.021, 0.062)
 """What a letter of a name takes of a wide chart's axes, across and up."""
 
@@ -143,7 +144,7 @@ def curve(
         axes = drawn.axes
         axes.set(xlabel="step", ylabel=ylabel)
         for name, colour, dash, rows in known:
-            rows = thin(rows, POINTS)
+            rows = thin(rows, min(POINTS, max(12, ALL_POINTS // len(known))))
             x, y = [row["step"] for row in rows], [scale * row[key] for row in rows]
             (line,) = axes.plot(
                 x,

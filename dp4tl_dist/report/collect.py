@@ -20,6 +20,7 @@ from dp4tl_dist.report.artefacts import meta_of, run_folder, stages_of
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Trial
 
+MANY_STAGES = 150
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
 STATES = ("done", "started", "stopped", "failed", "pending")
 """Of a stage. started: it is going on, or was cut off. stopped: it ended before its time, and can go on."""
@@ -83,6 +84,11 @@ class Run:
             if text not in self.problems:
                 self.problems.append(text)
             return None
+
+    @property
+    def detail(self) -> float:
+        """How much of what could be shown the page takes: the part that keeps it small where stages are many."""
+        return min(1.0, MANY_STAGES / len(self.graph.stages))
 
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:

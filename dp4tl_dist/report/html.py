@@ -56,7 +56,7 @@ def render(run: Run) -> str:
     forced = list(forces(run, found))
     lead, more = sections.in_words(run)
     configs = list(stage_configs(run))
-    limit = ALL_ROWS // max(ALL_ROWS // tables.LIMIT, 2 * len(found) + len(forced))
+    limit = int(run.detail * ALL_ROWS) // max(ALL_ROWS // tables.LIMIT, 2 * len(found) + len(forced))
     states = [run.status(stage) for stage in run.graph.stages]
     return environment.get_template("page.html.j2").render(
         run=run,
@@ -81,7 +81,7 @@ def render(run: Run) -> str:
         datasets=provenance.datasets(run),
         fingerprints=provenance.fingerprints(run),
         config=json.dumps(run.config.model_dump(mode="json"), indent=2),
-        configs=within(configs, ALL_CONFIG_BYTES),
+        configs=within(configs, int(run.detail * ALL_CONFIG_BYTES)),
         num_configs=len(configs),
         commands=list(commands(run)),
         machine=machine(),

@@ -26,7 +26,7 @@ CURVES = (
 
 TOLD = ("lm", "fm", "lm-joint", "fm-joint")
 """The methods that get a sentence each."""
-MANY_SENTENCES = 4
+MANY_SENTENCES, MANY_LINES = 4, 100
 NBSP = "\N{NO-BREAK SPACE}"
 CAPTIONS = {
     "time": "Test accuracy against the time to the pretrained model, the selection's cost included: better is further "
@@ -204,6 +204,11 @@ def all_curves(run: Run) -> Iterator[Curves]:
         mine = {name: rows for name, rows in run.trainings.items() if run.graph.stages[name].argv[0] == verb}
         if not mine:
             continue
+        if len(mine) > MANY_LINES:
+            others = {name for trial in run.graph.trials if trial.seed != run.config.seeds[0]
+                      for name in (trial.pretrain, *trial.transfers.values())}  # fmt: skip
+            mine = {name: rows for name, rows in mine.items() if name not in others}
+            title += f", seed {run.config.seeds[0]}"
         table = tables.curves(f"curves-{verb}", mine)
         lines: list[tuple[str, str, int, Metrics]] = [(name, *styles[name][1:], rows) for name, rows in mine.items()]
         legend: dict[str, tuple[str, int, list[str]]] = {}

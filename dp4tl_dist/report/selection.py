@@ -81,7 +81,7 @@ def selections(run: Run) -> Iterator[Selection]:
     for (target, method), path in paths.items():
         votes = run.attempt(load_votes, path, beton=source)
         if votes is not None:
-            yield _selection(run, target, method, votes, Thumbs(run, ALL_THUMBS_BYTES // len(paths)))
+            yield _selection(run, target, method, votes, Thumbs(run, int(run.detail * ALL_THUMBS_BYTES / len(paths))))
 
 
 def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) -> Selection:

@@ -170,7 +170,7 @@ def curves(name: str, trainings: dict[str, Metrics]) -> Table:
     """The epochs of all trainings, thinned; where no epoch has ended yet, the steps."""
     keys = CURVE_KEYS
     rows: list[tuple[Cell, ...]] = []
-    share = max(4, MAX_ROWS // max(1, len(trainings)))
+    share = max(2, MAX_ROWS // max(1, len(trainings)))
     for stage, lines in trainings.items():
         latest: dict[str, object] = {}
         ended: list[tuple[Cell, ...]] = []

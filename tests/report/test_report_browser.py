@@ -195,3 +195,14 @@ def test_prints(browser: Chromium, page: Path) -> None:
     )
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_paper_shows_what_cannot_be_unfolded(browser: Chromium, full: Path) -> None:
+    browser.open(full)
+    browser.send("Page.printToPDF")
+    assert browser.run("document.querySelector('details.words').open")
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    shown = "[...document.querySelectorAll('details')].filter((item) => item.getClientRects().length)"
+    assert browser.run(f"{shown}.map((item) => item.className)") == ["words"]
+    assert browser.run("getComputedStyle(document.querySelector('.pair .bar')).printColorAdjust") == "exact"
+    assert browser.run("getComputedStyle(document.querySelector('.scroll.long')).maxHeight") == "none"

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_run import HOSTILE
+from matplotlib.axes import Axes
 
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.prune.votes_file import load_votes, save_votes
-from dp4tl_dist.report import html, tables
+from dp4tl_dist.report import chart_votes, collect, html, sections, tables
 from dp4tl_dist.report.brute_force import forces
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.collect import STATES, read_run
@@ -147,9 +148,15 @@ def test_a_run_of_many_stages_stays_small(rich: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(html, "ALL_ROWS", 24)
     monkeypatch.setattr(tables, "LIMIT", 24)
     monkeypatch.setattr(html, "ALL_CONFIG_BYTES", 3000)
-    cut = render(read_run(rich))
+    monkeypatch.setattr(collect, "MANY_STAGES", 42)
+    monkeypatch.setattr(sections, "MANY_LINES", 12)
+    run = read_run(rich)
+    assert run.detail == 0.5
+    cut = render(run)
     assert len(cut) < len(whole)
-    assert "the first 2 of 8 rows" in cut and "; the others are in the run folder" in cut
+    assert "<h3>Surrogate and pretraining, seed 0</h3>" in cut and "<h3>Transfer, seed 0</h3>" in cut
+    assert not re.search(r'data-v="transfer-lp-dense-pets-s1">transfer', cut)
+    assert "the first 1 of 8 rows" in cut and "; the others are in the run folder" in cut
 
 
 def test_one_line_in_the_legend_for_all_seeds(rich: Path) -> None:
@@ -174,3 +181,20 @@ def test_thumbnails_are_shared_fairly(rich: Path) -> None:
     """Each target's votes have their part of the page's images: none is left without."""
     found = list(selections(read_run(rich)))
     assert len(found) == 4 and all(item.thumbs for each in found for item in each.top_kept)
+
+
+def test_votes_for_many_classes_are_drawn_in_steps(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One polygon for each shade, with a corner where votes change: heights are those of the bars."""
+    monkeypatch.setattr(chart_votes, "MANY_CLASSES", 3)
+    found = next(selections(read_run(rich)))
+    drawn: list[tuple[list[int], list[float]]] = []
+    monkeypatch.setattr(
+        Axes, "stairs", lambda axes, values, edges, **_: drawn.append((values.tolist(), edges.tolist()))
+    )
+    chart_votes.votes_per_class(found, "title", "text")
+    heights = np.zeros(len(found.classes))
+    for values, edges in drawn:
+        for value, left, right in zip(values, edges[:-1], edges[1:], strict=True):
+            heights[round(left - 0.5) : round(right - 0.5)] += value
+    assert heights.tolist() == found.votes[found.ranking].tolist()
+    assert len(drawn) == 3  # kept by two arms, by one, and by none

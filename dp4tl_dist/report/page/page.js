@@ -54,4 +54,8 @@ const unfold = () => {
 };
 addEventListener("hashchange", unfold);
 unfold();
-addEventListener("beforeprint", () => { for (const item of document.querySelectorAll("figure details")) item.open = false; });
+// On paper nothing can be unfolded: words are, and tables are left out.
+addEventListener("beforeprint", () => {
+  for (const item of document.querySelectorAll("figure details")) item.open = false;
+  for (const item of document.querySelectorAll("details.words")) item.open = true;
+});
