@@ -18,6 +18,7 @@ import pytest
 from cores import one_core
 from data_factory import make_beton
 from ranks import run_ranks
+from resume_runs import facts, make_run, reached
 
 from dp4tl_dist.cli import main
 from dp4tl_dist.config import TrainConfig, load_config
@@ -28,47 +29,14 @@ from dp4tl_dist.train import loop as train_loop
 from dp4tl_dist.train.supervised import train
 from dp4tl_dist.world import World
 
-TIMES = ("images_per_s", "data_wait", "seconds")
 STEPS_PER_EPOCH, NUM_STEPS = 15, 45
-CONFIG = """
-seed = 3
-[data]
-train = "{root}/train.beton"
-val = "{root}/val.beton"
-num_workers = 1
-[model]
-arch = "resnet_tiny"
-[train]
-epochs = 3
-batch_size = 8
-lr = 0.05
-peak_epoch = 1
-start_resolution = 8
-resolution = 16
-ramp_end = 2
-resolution_step = 8
-val_resolution = 16
-[engine]
-device = "cpu"
-timeout_s = 30
-[log]
-every = 4
-tensorboard = false
-order = true
-[checkpoint]
-every_minutes = 0
-"""
-
 Undisturbed = Callable[[int], Path]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    make_beton(root / "train.beton", num_classes=4, per_class=31)  # 124 samples: the last 4 of an epoch are left out
-    make_beton(root / "val.beton", split="val", num_classes=4, per_class=5)
-    (root / "config.toml").write_text(CONFIG.format(root=root))
-    return root
+    return make_run(root, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -145,21 +113,6 @@ class Ranks:
         """(exit codes, what went to stderr)"""
         texts = [process.communicate(timeout=60)[1] for process in self.processes]
         return [process.returncode for process in self.processes], "".join(texts)
-
-
-def reached(out: Path) -> int:
-    lines = read_jsonl(out / "order.jsonl")
-    return lines[-1]["step"] if lines else 0
-
-
-def facts(out: Path) -> tuple[bytes, list[dict[str, Any]], str]:
-    """What may not depend on interruptions: final weights, metrics without times, order."""
-    last = checkpoint.newest(out)
-    assert last is not None and checkpoint.read_meta(last)["complete"]
-    lines = [
-        {key: value for key, value in line.items() if key not in TIMES} for line in read_jsonl(out / "metrics.jsonl")
-    ]
-    return (last / "weights.safetensors").read_bytes(), lines, (out / "order.jsonl").read_text()
 
 
 def assert_same(out: Path, other: Path) -> None:

@@ -7,67 +7,21 @@ from typing import Any
 
 import pytest
 from cores import one_core
-from data_factory import make_beton
 from ranks import run_ranks
+from resume_runs import facts, make_run, reached
 
 from dp4tl_dist.config import TrainConfig, load_config
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.train import checkpoint, watch
+from dp4tl_dist.train import watch
 from dp4tl_dist.train.supervised import train
 from dp4tl_dist.world import World
-
-TIMES = ("images_per_s", "data_wait", "seconds")
-CONFIG = """
-seed = 3
-[data]
-train = "{root}/train.beton"
-val = "{root}/val.beton"
-num_workers = 1
-[model]
-arch = "resnet_tiny"
-[train]
-epochs = 3
-batch_size = 12
-lr = 0.05
-peak_epoch = 1
-start_resolution = 8
-resolution = 16
-ramp_end = 2
-resolution_step = 8
-val_resolution = 16
-[engine]
-device = "cpu"
-timeout_s = 30
-[log]
-every = 4
-tensorboard = false
-order = true
-[checkpoint]
-every_minutes = 0
-"""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    make_beton(root / "train.beton", num_classes=4, per_class=31)
-    make_beton(root / "val.beton", split="val", num_classes=4, per_class=5)
-    (root / "config.toml").write_text(CONFIG.format(root=root))
-    return root
-
-
-def reached(out: Path) -> int:
-    return read_jsonl(out / "order.jsonl")[-1]["step"]
-
-
-def facts(out: Path) -> tuple[Any, str, bytes]:
-    """What may not depend on interruptions: metrics without times, order, final weights."""
-    last = checkpoint.newest(out)
-    assert last is not None and checkpoint.read_meta(last)["complete"]
-    lines = [{key: value for key, value in line.items() if key not in TIMES}
-             for line in read_jsonl(out / "metrics.jsonl")]  # fmt: skip
-    return lines, (out / "order.jsonl").read_text(), (last / "weights.safetensors").read_bytes()
+    return make_run(root, batch_size=12)
 
 
 def train_until(world: World, root: Path, out: Path, step: int) -> str:
