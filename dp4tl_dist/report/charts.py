@@ -1,6 +1,5 @@
 """The charts: what each one shows and how. `canvas` makes SVG of them."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dp4tl_dist.report.canvas import SMALL, ByMethod, C, canvas
-from dp4tl_dist.report.collect import PARTS, Arm, Metrics, mean_std, thin
+from dp4tl_dist.report.collect import PARTS, Arm, Metrics, mean_std, number, thin
 from dp4tl_dist.report.placing import place
 
 MARKERS = ByMethod({
@@ -164,4 +163,4 @@ def curve(
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return number(value) is not None

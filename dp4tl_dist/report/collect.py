@@ -20,7 +20,7 @@ from dp4tl_dist.report.artefacts import meta_of, run_folder, stages_of
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Trial
 
-MANY_STAGES = 150
+MANY_STAGES, MOST = 150, 1e15
 PARTS = ("surrogate", "voting", "pretraining", "transfer")
 STATES = ("done", "started", "stopped", "failed", "pending")
 """Of a stage. started: it is going on, or was cut off. stopped: it ended before its time, and can go on."""
@@ -106,8 +106,8 @@ class Run:
 
     def seconds(self, stage: str) -> float | None:
         """Wall seconds of a finished stage."""
-        value = self.records[stage].get("seconds")
-        return float(value) if self.status(stage) == "done" and isinstance(value, int | float) else None
+        value = number(self.records[stage].get("seconds"))
+        return float(value) if self.status(stage) == "done" and value is not None and value >= 0 else None
 
     @cached_property
     def trainings(self) -> dict[str, Metrics]:
@@ -159,8 +159,8 @@ class Run:
         key = "robust_top1" if measure.endswith(ROBUST) else "top1"
         mode = next(mode for mode in self.config.transfer.modes if mode == measure.removesuffix(ROBUST))
         stages = [trial.transfers[mode] for trial in trials]
-        found = [self.metas[stage].get(key) for stage in stages if self.status(stage) == "done"]
-        return [100 * value for value in found if isinstance(value, int | float)]
+        found = [number(self.metas[stage].get(key)) for stage in stages if self.status(stage) == "done"]
+        return [100 * value for value in found if value is not None and 0 <= value <= 1]
 
     def _arm(self, name: str, target: str) -> Arm:
         found = parse_arm(name)
@@ -209,6 +209,13 @@ def read_run(out: Path) -> Run:
         raise UserError(f"{path} is not the config of a run: pass the folder that `dp4tl run --out` made")
     config = validate(RunConfig, content, source=str(path))
     return Run(out, config, Graph(config, out))
+
+
+def number(value: object) -> int | float | None:
+    """A file's value where it is a number that can be averaged and shown: neither endless nor without end."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < MOST else None
 
 
 def spoken(measure: str) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dp4tl_dist.files import read_json
-from dp4tl_dist.report.collect import Run
+from dp4tl_dist.report.collect import Run, number
 from dp4tl_dist.report.tables import Cell, Table
 
 SUMMARY = (
@@ -43,7 +43,9 @@ def table(name: str, keys: Keys, rows: Any) -> Table:
 
 
 def _cell(value: Any, form: str) -> Cell:
+    if not form and isinstance(value, str):
+        return value
+    value = number(value)
     if not form:
-        return str(value) if isinstance(value, str | int | float) else None
-    whole = form == "d"
-    return value if isinstance(value, int if whole else int | float) and not isinstance(value, bool) else None
+        return None if value is None else str(value)
+    return value if form != "d" or isinstance(value, int) else None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dp4tl_dist.arm_name import RANDOM
 from dp4tl_dist.report.brute_force import Force
-from dp4tl_dist.report.collect import PARTS, ROBUST, Arm, Metrics, Run, mean_std, spoken, thin
+from dp4tl_dist.report.collect import PARTS, ROBUST, Arm, Metrics, Run, mean_std, number, spoken, thin
 from dp4tl_dist.report.selection import Selection
 
 MAX_ROWS = 400
@@ -177,7 +177,7 @@ def curves(name: str, trainings: dict[str, Metrics]) -> Table:
         for line in lines:
             latest = {**latest, **line}
             if line.get("kind") == "epoch" or not any(item.get("kind") == "epoch" for item in lines):
-                values = [value if isinstance(value := latest.get(key), int | float) else None for key in keys]
+                values = [number(latest.get(key)) for key in keys]
                 step = line.get("step")
                 ended.append((stage, step if isinstance(step, int) else None, *values))
                 latest = {key: value for key, value in latest.items() if not key.startswith("val_")}

@@ -20,13 +20,15 @@ from torch import nn
 from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig, TrainConfig
 from dp4tl_dist.data.loader import Batch
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file
+from dp4tl_dist.files import digest_file, write_json
 from dp4tl_dist.log import Metrics
-from dp4tl_dist.report import sections, tables
+from dp4tl_dist.report import provenance, sections, tables
+from dp4tl_dist.report.brute_force import forces
 from dp4tl_dist.report.caveats import caveats
 from dp4tl_dist.report.collect import read_run
 from dp4tl_dist.report.html import render
 from dp4tl_dist.report.selection import selections
+from dp4tl_dist.report.studies import sweep_tables
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.evaluate import Split
@@ -119,7 +121,10 @@ def read_resume(folder: Path) -> Iterator[None]:
 def report_seeds(folder: Path) -> list[Files]:
     out = folder / "run"
     with contextlib.redirect_stdout(sys.stderr):
-        make_run(out, classes=("ant", "bee", "<b>cat", "d\n"))
+        arms = ("dense", "lm@0.5", "fm@0.5", "influence@0.5", "random@0.5")
+        make_run(out, classes=("ant", "bee", "<b>cat", "d\n"), arms=arms, robust=True)
+    row = {"target": "pets", "arm": "lm@0.5", "mode": "lp", "n": 2, "mean": 79.5, "to_random": 19.0, "pairs": 2}
+    write_json(out / "sweep.json", {"summary": [row, {**row, "std": None}], "surrogates": []})
     found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     return [found]
 
@@ -150,10 +155,12 @@ def read_report(folder: Path) -> Iterator[None]:
         assert "</html>" in render(run)
         return
     found = list(selections(run))
+    forced = list(forces(run, found))
     yield
-    shown: list[object] = [tables.results(run), tables.times(run.arms), tables.stages(run), tables.datasets(run)]
-    shown += [tables.fingerprints(run), tables.curves("x", run.trainings), list(caveats(run)), run.last_sign()]
-    shown += [list(sections.sentences(run)), sections.cards(run, found)]
+    shown: list[object] = [tables.results(run), tables.times(run.arms), provenance.stages(run), sweep_tables(run)]
+    shown += [provenance.fingerprints(run), tables.curves("x", run.trainings), list(caveats(run)), run.last_sign()]
+    shown += [provenance.datasets(run), sections.in_words(run), sections.cards(run, found, forced)]
     shown += [table(item) for item in found for table in (tables.votes, tables.affinities)]
+    shown += [table(item) for item in forced for table in (tables.influence, tables.agreed)]
     assert all(item is not None for item in shown) and all(isinstance(text, str) for text in run.problems)
     yield

@@ -1,5 +1,6 @@
 """A run with everything: several targets and seeds, attacks, brute force, a sweep's tables, and faults."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -198,3 +199,18 @@ def test_votes_for_many_classes_are_drawn_in_steps(rich: Path, monkeypatch: pyte
             heights[round(left - 0.5) : round(right - 0.5)] += value
     assert heights.tolist() == found.votes[found.ranking].tolist()
     assert len(drawn) == 3  # kept by two arms, by one, and by none
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400, float("nan"), float("inf"), -1, True, "0.5", None])
+def test_numbers_that_cannot_be_are_left_out(copy_of_rich: Path, value: object) -> None:
+    for seed in (0, 1):
+        path = copy_of_rich / "transfer" / f"lp-dense-pets-s{seed}.json"
+        path.write_text(json.dumps({**read_json(path), "top1": value}))
+    path = copy_of_rich / "stages" / "surrogate.json"
+    path.write_text(json.dumps({**read_json(path), "seconds": value}))
+    with open(copy_of_rich / "surrogate" / "metrics.jsonl", "a") as lines:
+        lines.write(json.dumps({"kind": "epoch", "step": 40, "loss": value}) + "\n")
+    run = read_run(copy_of_rich)
+    arms = {arm.name: arm for arm in run.arms if arm.target == "pets"}
+    assert arms["dense"].accuracy["lp"] == [] and arms["lm@0.5"].total is None
+    assert "</html>" in render(run)
