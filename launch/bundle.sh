@@ -50,7 +50,7 @@ fi
 bin="$root/.venv/bin"
 export PATH="$bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir -p -- "$(dirname -- "$folder")"
-scratch="$(mktemp -d -- "$folder.XXXXXX")"
+scratch="$(cd -- "$(mktemp -d -- "$folder.XXXXXX")" && pwd -P)"
 trap 'rm -rf -- "$scratch"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -65,9 +65,9 @@ PATH="$scratch/tools/bin:$PATH" "$bin/python" "$root/launch/bundle_ffcv.py" "$wh
 # part (FFCV's wheel does without), and what TensorBoard's viewer talks by (its files are written without).
 unneeded=(opencv-python grpcio tensorboard-data-server)
 printf "%s ; sys_platform == 'none'\n" "${unneeded[@]}" >"$scratch/overrides"
-pins() {
-    "$bin/uv" pip compile -q --python-version "$python" --no-annotate --no-header --find-links "$wheels" \
-        --constraint "$lock" --override "$scratch/overrides" "$@"
+pins() { # from within: uv splits what --find-links is told at commas, which the path may hold
+    (cd -- "$scratch" && "$bin/uv" pip compile -q --python-version "$python" --no-annotate --no-header \
+        --find-links wheels --constraint "$lock" --override overrides "$@")
 }
 : >"$scratch/left-out"
 if [ ${#names[@]} != 0 ]; then printf '%s\n' "${names[@]}" | pins - >"$scratch/left-out"; fi
