@@ -269,16 +269,19 @@ install_offline() {
 }
 
 # What the packages of .venv require and this Python does not have, or not in that version: "numpy>=2 (it has 1.26.4), ..."
+# Once for each, by this project's own wish where it has one.
 lacking() {
     "$python_of_venv" - <<'END'
 import importlib.metadata
 import sysconfig
 
 from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import Version
 
 lacks = {}
-for package in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")]):
+installed = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+for package in sorted(installed, key=lambda package: canonicalize_name(package.metadata["Name"]) != "dp4tl-dist"):
     for wanted in map(Requirement, package.requires or []):
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
             try:
@@ -287,8 +290,9 @@ for package in importlib.metadata.distributions(path=[sysconfig.get_path("pureli
                 has = "none"
             # By its base: a vendor's 2.11.0a0 is a 2.11.
             if has == "none" or not wanted.specifier.contains(Version(has).base_version):
-                lacks[f"{wanted.name}{wanted.specifier}"] = f"it has {has}"
-print(", ".join(f"{wanted} ({has})" for wanted, has in sorted(lacks.items())))
+                name = canonicalize_name(wanted.name)
+                lacks.setdefault(name, f"{name}{wanted.specifier} (it has {has})")
+print(", ".join(lacks[name] for name in sorted(lacks)))
 END
 }
 
