@@ -166,7 +166,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a folder of `pip install --target` with DALI and streaming")
     parser.add_argument("--folder", type=Path, help="where to work, to measure another disk (default: a temporary one)")
     arguments = harness.parse(parser)
-    bench = Bench(f"loader-{arguments.part}-{'-'.join(arguments.data)}", arguments)
+    step = f"-step{arguments.step_ms:g}ms" if arguments.step_ms else ""  # another question, another record
+    bench = Bench(f"loader-{arguments.part}-{'-'.join(arguments.data)}{step}", arguments)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         data = Data(arguments, Path(name))
         if arguments.part == "cold":
