@@ -127,7 +127,7 @@ class Bench:
             "name": self.name,
             "date": now.isoformat(timespec="seconds"),
             "command": shlex.join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
-            "options": json.loads(json.dumps(options, default=str)),
+            "options": json.loads(json.dumps(options, default=relative)),
             "machine": machine() | {"load_at_start": self.load_at_start, "load_at_end": os.getloadavg()},
             "versions": versions(),
             "git": git(),
