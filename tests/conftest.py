@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import dp4tl_dist  # noqa: F401 - before torch, as every way into the project does: it sets MKL_CBWR
+
 # As the command line does: threads that spin while they wait slow each other down. torch reads it when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
