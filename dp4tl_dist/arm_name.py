@@ -10,6 +10,7 @@ square root.
 
 import math
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 VOTES = ("lm", "fm")
@@ -69,6 +70,11 @@ class ArmName(NamedTuple):
         return tuple(name for name in (self.base, self.within) if name in SCORES)
 
     @property
+    def asks_surrogate(self) -> bool:
+        """Whether a surrogate has a say: chance asks none but for how many it votes to keep, brute force asks none."""
+        return self.votes or bool(self.scores) or (self.is_random and self.keep == AUTO)
+
+    @property
     def of_target(self) -> bool:
         """Whether each target has a subset of its own."""
         return not self.is_joint and (self.base in (*OF_TARGETS, INFLUENCE) or self.within in OF_TARGETS)
@@ -92,9 +98,25 @@ class ArmName(NamedTuple):
         return self.method + (f"+{self.within}" if self.within else "") + (f":{self.share}" if self.share else "")
 
     @property
+    def by(self) -> str:
+        """The surrogate in the names of stages: "-" parts those names, and so stands as "~" inside of one of them."""
+        return f"+{self.surrogate.replace('-', '~')}" if self.surrogate else ""
+
+    @property
     def chosen(self) -> str:
         """What names the choice of samples: arms that differ in their steps alone share it."""
-        return f"{self.kind}@{self.keep}" + (f"+{self.surrogate}" if self.surrogate else "")
+        return f"{self.kind}@{self.keep}{self.by}"
+
+    @property
+    def trained(self) -> str:
+        """What names the training, in the names of stages."""
+        return self.chosen + f"+{STEPS}" * self.steps
+
+    @property
+    def same(self) -> tuple[object, ...]:
+        """Equal for two names that say the same, however they say it."""
+        shares = self.shares if self.keep != AUTO or not self.within else (self.keep, self.share)
+        return self.method, self.within, shares, self.surrogate, self.steps
 
 
 def base_of(kind: str) -> str:
@@ -132,6 +154,21 @@ def fault(name: str) -> str:
     if arm.keep != AUTO and float(arm.shares[0]) > 1:
         return f"{name!r}: all classes with {arm.share} of their samples are less than {arm.keep}: raise SHARE"
     return ""
+
+
+def normalised(name: str) -> str:
+    """The one spelling of an arm's name: lm@.50+steps+big is lm@0.5+big+steps. Malformed ones stay as they are."""
+    arm = parse_arm(name)
+    if arm is None or fault(name):
+        return name
+    share, keep = (plain(text) if text and text != AUTO else text for text in (arm.share, arm.keep))
+    kind = arm._replace(share=share).kind
+    return f"{kind}@{keep}" + "".join(f"+{part}" for part in (arm.surrogate, STEPS * arm.steps) if part)
+
+
+def plain(share: str) -> str:
+    """A share without needless digits: ".50" -> "0.5", "1.0" -> "1"."""
+    return f"{Decimal(repr(float(share))).normalize():f}"
 
 
 def is_share(text: str) -> bool:

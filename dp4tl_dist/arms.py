@@ -91,7 +91,7 @@ def _surrogate(graph: "Graph", arm: ArmName) -> tuple[Path, str]:
     """The surrogate of an arm, and the name of the stage that trains it."""
     seed = graph.config.seeds[0]
     table = graph.config.surrogates[arm.surrogate] if arm.surrogate else graph.config.surrogate
-    name = "surrogate" + (f"-{arm.surrogate}" if arm.surrogate else "")
+    name = f"surrogate{arm.by.replace('+', '-')}"
     others = [other for text in graph.config.arms if (other := parse_arm(text)) and other.surrogate == arm.surrogate]
     logs_losses = any(method in OF_LOSSES for other in others for method in other.scores)
     source, val = graph.source, graph.source_val
@@ -102,8 +102,7 @@ def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, tuple[str, .
     """The votes of an arm on a target, and the names of the stages before: the surrogate's, and the clusters'."""
     surrogate, *before = _surrogate(graph, arm)
     method = arm.base
-    by = f"{method}+{arm.surrogate}" if arm.surrogate else method
-    output = graph.out / "votes" / f"vote-{by}-{target}.npz"
+    output = graph.out / "votes" / f"vote-{method}{arm.by}-{target}.npz"
     train = graph.targets[target][0]
     argv = ["vote", "--method", method, "--surrogate", str(surrogate), "--target", str(train), "--out", str(output)]
     inputs = [surrogate, train]
@@ -122,7 +121,7 @@ def _vote(graph: "Graph", arm: ArmName, target: str) -> tuple[Path, tuple[str, .
 def _clusters(graph: "Graph", arm: ArmName, surrogate: Path) -> Path:
     """The clusters that fm arms of one surrogate vote for."""
     table = graph.config.clusters
-    output = graph.out / "clusters" / f"cluster{f'-{arm.surrogate}' if arm.surrogate else ''}.npz"
+    output = graph.out / "clusters" / f"cluster{arm.by.replace('+', '-')}.npz"
     argv = ["cluster", "--surrogate", str(surrogate), "--source", str(graph.source), "--clusters", str(table.count)]
     for key in ("init", "iterations", "tolerance", "store_precision", "seed"):
         argv += [f"--{key.replace('_', '-')}", str(getattr(table, key))]
@@ -133,10 +132,9 @@ def _clusters(graph: "Graph", arm: ArmName, surrogate: Path) -> Path:
 def _score(graph: "Graph", arm: ArmName, method: str, targets: list[str]) -> tuple[Path, tuple[str, ...]]:
     """The scores that an arm chooses samples by, and the name of the stage that trains its surrogate."""
     surrogate, name = _surrogate(graph, arm)
-    by = f"{method}+{arm.surrogate}" if arm.surrogate else method
     wanted = targets if method in OF_TARGETS else []
-    whose = ["joint"] if arm.is_joint and wanted else wanted
-    output = graph.out / "scores" / f"{'-'.join(['score', by, *whose])}.npz"
+    whose = ["joint"] if len(wanted) > 1 else wanted
+    output = graph.out / "scores" / f"{'-'.join([f'score-{method}{arm.by}', *whose])}.npz"
     inputs = [surrogate, graph.source, *(graph.targets[each][0] for each in wanted)]
     argv = ["score", "--method", method, "--surrogate", str(surrogate), "--source", str(graph.source)]
     argv += [part for each in wanted for part in ("--target", str(graph.targets[each][0]))]

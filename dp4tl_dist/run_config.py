@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dp4tl_dist.arm_name import AUTO, METHODS, STEPS, ArmName, fault, parse_arm
+from dp4tl_dist.arm_name import AUTO, METHODS, STEPS, ArmName, fault, normalised, parse_arm
 from dp4tl_dist.config import (
     CheckpointConfig,
     Count,
@@ -27,6 +27,8 @@ __all__ = ["AUTO", "METHODS", "STEPS", "ArmName", "RunConfig", "StageTrain", "Ta
 SYNTHETIC = "synthetic:"
 Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+TAKEN = {"source": "the source's files", "joint": "the files of arms for all targets together"}
+"""What cannot name a target, and why."""
 
 
 class SourceConfig(Table):
@@ -128,9 +130,16 @@ class RunConfig(Table):
         for arm in arms:
             if wrong := fault(arm):
                 raise ValueError(wrong)
-        if not arms or len(set(arms)) != len(arms):
-            raise ValueError("at least one arm, and none twice")
-        return arms
+        if not arms:
+            raise ValueError("at least one arm")
+        first: dict[object, str] = {}
+        for arm in arms:
+            found = parse_arm(normalised(arm))
+            meaning = found.same if found else arm
+            if meaning in first:
+                raise ValueError(f"{first[meaning]!r} and {arm!r} are one arm: name it once")
+            first[meaning] = arm
+        return tuple(normalised(arm) for arm in arms)
 
     @field_validator("surrogates")
     @classmethod
@@ -146,8 +155,9 @@ class RunConfig(Table):
     def _arms_have_what_they_need(self) -> "RunConfig":
         for name in self.arms:
             arm = parse_arm(name)
-            if arm and arm.surrogate and arm.is_random and arm.keep != AUTO:
-                raise ValueError(f"the arm {name!r} asks for a surrogate, and chance needs none: leave it out")
+            if arm and arm.surrogate and not arm.asks_surrogate:
+                what = "chance" if arm.is_random else "brute force"
+                raise ValueError(f"the arm {name!r} asks for a surrogate, and {what} needs none: leave it out")
             if arm and arm.surrogate and arm.surrogate not in self.surrogates:
                 known = ", ".join(self.surrogates) or "none"
                 raise ValueError(f"the arm {name!r} asks for a surrogate that [surrogates] lacks (it has {known})")
@@ -176,8 +186,8 @@ class RunConfig(Table):
         if not targets:
             raise ValueError("at least one target: add [targets.NAME] with train and test")
         for name in targets:
-            if name == "source":
-                raise ValueError("'source' cannot name a target: the source's files have that name")
+            if name in TAKEN:
+                raise ValueError(f"{name!r} cannot name a target: {TAKEN[name]} have that name")
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a target: use letters, digits, '_', '-' and '.'")
         return targets

@@ -12,6 +12,9 @@ from dp4tl_dist.stage import Stage, Trial
 
 __all__ = ["Graph", "Stage", "Trial"]
 
+MAX_NAME = 180
+"""Letters of a stage's name: with what temporary files add, names of files stay below 255."""
+
 
 class Graph:
     """The stages of a run in an order that can be carried out, and the trials that they serve."""
@@ -19,6 +22,7 @@ class Graph:
     def __init__(self, config: RunConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.stages: dict[str, Stage] = {}
+        self._makers: dict[Path, str] = {}
         self.trials: list[Trial] = []
         self.source = self._beton("source-train", config.source.train)
         self.source_val = self._beton("source-val", config.source.val) if config.source.val else None
@@ -34,7 +38,17 @@ class Graph:
             self._trial(*trial)
 
     def add(self, stage: Stage) -> Path:
-        self.stages.setdefault(stage.name, stage)
+        """Take a stage in, once. UserError where another one has its name, or makes one of its files."""
+        if len(stage.name) > MAX_NAME:
+            raise UserError(
+                f"the name {stage.name[:40]}... is too long for a file: shorten what names targets and arms"
+            )
+        if self.stages.setdefault(stage.name, stage) != stage:
+            raise UserError(f"two different stages are called {stage.name}: rename a target or a surrogate")
+        for path in (stage.output, *stage.also):
+            other = self._makers.setdefault(path, stage.name)
+            if other != stage.name:
+                raise UserError(f"{other} and {stage.name} would both make {path}: rename a target or a surrogate")
         return stage.output
 
     def _beton(self, name: str, origin: str) -> Path:
@@ -87,7 +101,9 @@ class Graph:
         subset, selection = select(self, arm, target, seed)
         found = parse_arm(arm)
         names = whose(found, target, seed) if found else []
-        name = "-".join(["pretrain", arm, *(names if f"s{seed}" in names[-1:] else [*names, f"s{seed}"])])
+        label = found.trained if found else arm
+        own = [] if found and found.of_chance else [f"s{seed}"]
+        name = "-".join(["pretrain", label, *names, *own])
         train, indices = self.source, subset
         if subset and self.config.compact:
             train, indices = self.out / "data" / f"{subset.stem}.beton", None
@@ -99,7 +115,7 @@ class Graph:
         steps_of = self.source if found and found.steps else None
         run = self.train(name, self.config.pretrain, train, self.source_val, indices, val_subset, seed, steps_of)
         transfers = {
-            mode: self._transfer(mode, f"{arm}-{target}-s{seed}", run, target, seed)
+            mode: self._transfer(mode, f"{label}-{target}-s{seed}", run, target, seed)
             for mode in self.config.transfer.modes
         }
         self.trials.append(Trial(arm, target, seed, subset, selection, name, transfers))

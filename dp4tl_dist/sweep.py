@@ -60,8 +60,6 @@ def arms_of(axes: Axes, surrogates: list[str]) -> list[str]:
         text = keep if keep == AUTO else f"{float(keep):.6f}".rstrip("0").rstrip(".")
         plain = f"{method}@{text}"
         arm = parse_arm(plain)
-        # Chance asks no surrogate, but for how many it votes to keep; brute force asks none.
-        asks = arm is None or arm.votes or bool(arm.scores) or (arm.is_random and keep == AUTO)
-        which = surrogates if asks else [""]
+        which = surrogates if arm is None or arm.asks_surrogate else [""]
         names += [plain + "".join(f"+{part}" for part in (name, STEPS * (budget == "steps")) if part) for name in which]
     return names

@@ -75,7 +75,9 @@ def study_agreement(graph: Graph) -> list[Row]:
         if not path.exists():
             continue
         ranking = rank_influence(load_npz(path, "influence")[0]["influence"])
-        for votes in sorted((graph.out / "votes").glob(f"vote-*-{target}.npz")):
+        train = str(graph.targets[target][0])
+        stages = [stage for stage in graph.stages.values() if stage.argv[0] == "vote" and train in stage.argv]
+        for votes in sorted(stage.output for stage in stages if stage.output.exists()):
             cast = load_votes(votes)
             mine = rank_groups(*combine(cast.votes, cast.affinity))
             if len(mine) == len(ranking):

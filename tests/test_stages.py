@@ -97,7 +97,7 @@ def test_what_is_shared_and_what_is_not() -> None:
     subsets = {(trial.arm, trial.target, trial.seed): trial.subset for trial in graph.trials}
     for arm in ("random@0.5", "random-samples@0.5"):
         assert subsets[arm, "pets", 3] == subsets[arm, "dtd", 3] != subsets[arm, "pets", 4]
-    for arm in ("lm@0.5", "fm@.25", "lm-reverse@0.5"):
+    for arm in ("lm@0.5", "fm@0.25", "lm-reverse@0.5"):
         assert subsets[arm, "pets", 3] == subsets[arm, "pets", 4] != subsets[arm, "dtd", 3]
     assert {subsets["dense", target, seed] for target in ("pets", "dtd") for seed in (3, 4)} == {None}
 
@@ -151,7 +151,7 @@ def test_selection_counts_what_it_took() -> None:
     assert taken["dense"] == ()
     assert taken["lm@0.5"] == ("surrogate", "vote-lm-pets", "prune-lm@0.5-pets", "compact-lm@0.5-pets")
     assert taken["lm-reverse@0.5"][1:3] == ("vote-lm-pets", "prune-lm-reverse@0.5-pets")
-    assert taken["fm@.25"][1] == "vote-fm-pets"
+    assert taken["fm@0.25"][1] == "vote-fm-pets"
     assert taken["random@0.5"] == ("prune-random@0.5-s3", "compact-random@0.5-s3")
 
 
@@ -200,7 +200,7 @@ def test_arms_that_are_none(arm: str) -> None:
 
 
 def test_configs_that_cannot_be() -> None:
-    assert "none twice" in refused(arms=["dense", "dense"]) and "at least one arm" in refused(arms=[])
+    assert "are one arm" in refused(arms=["dense", "dense"]) and "at least one arm" in refused(arms=[])
     assert "at least one target" in refused(targets={})
     for name in ("a/b", "", "..", ".x", "a b"):
         assert "cannot name a target" in refused(targets={name: {"train": "a", "test": "b"}})
