@@ -25,6 +25,7 @@ from dp4tl_dist import __version__
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.machine import hardware
 from dp4tl_dist.nodes import life
+from dp4tl_dist.revisions import FORMATS, check_format
 from dp4tl_dist.version import commit
 
 MAX_JSON_BYTES = 64 << 20
@@ -158,6 +159,7 @@ def make_meta(
     """What every artefact carries. `inputs` maps the name of each input to its fingerprint."""
     return {
         "kind": kind,
+        **({"format": FORMATS[kind]} if kind in FORMATS else {}),
         "version": __version__,
         "commit": commit(),
         "command": shlex.join(["dp4tl", *sys.argv[1:]]),
@@ -214,6 +216,7 @@ def load_npz(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, 
     if not isinstance(meta, dict) or meta.get("kind") != kind:
         found = meta.get("kind") if isinstance(meta, dict) else None
         raise UserError(f"{path} is a {found!r} file, and a {kind!r} file is needed here")
+    check_format(path, kind, meta)
     return arrays, meta
 
 

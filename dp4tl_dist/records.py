@@ -14,6 +14,7 @@ from dp4tl_dist import __version__
 from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
+from dp4tl_dist.revisions import revision
 from dp4tl_dist.stages import Graph, Stage
 
 
@@ -92,7 +93,8 @@ def stage_key(graph: Graph, stage: Stage) -> str:
         return contents[value] if isinstance(value, str) else value
 
     config = {key: value for key, value in (stage.config or {}).items() if key not in ("log", "checkpoint")}
-    whole = {"argv": stage.argv, "config": config, "inputs": list(contents), "version": __version__}
+    numbers = revision(stage.argv[0])
+    whole = {"argv": stage.argv, "config": config, "inputs": list(contents), "revision": numbers}
     return hashlib.blake2b(json.dumps(unplaced(whole), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

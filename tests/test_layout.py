@@ -17,7 +17,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "config", "config_file", "files", "__init__", "machine", "siblings", "nodes", "version"),
+    ("errors", "config", "config_file", "files", "__init__", "machine", "siblings", "nodes", "version", "revisions"),
     ("world",),
     ("log", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
@@ -35,7 +35,7 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 LIGHT = {  # module -> what it may import beside the standard library
     "data/order": {"numpy", "dp4tl_dist.errors"},
-    "data/beton": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.data"},
+    "data/beton": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.revisions", "dp4tl_dist.data"},
     "data/subset": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.data"},
     "prune/select": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files"},
     "prune/ranking": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.prune.select"},

@@ -1,18 +1,13 @@
 """The stage graph is in an order that works and shares what it can; a stage is re-done when, and only when, needed."""
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from data_factory import make_beton
 
-from dp4tl_dist import pipeline, records
 from dp4tl_dist.config import TrainConfig, validate
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import save_npz, write_json
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.slurm_config import SlurmConfig, minutes
@@ -208,167 +203,6 @@ def test_configs_that_cannot_be() -> None:
     assert "cannot name a target" in refused(targets={"source": {"train": "a", "test": "b"}})
     assert "seed" in refused(seeds=[]) and "seed" in refused(seeds=[1, 1])
     assert "unknown key 'transfer.lp.epoch'" in refused(transfer={"lp": {"epoch": 3}})
-
-
-# ---------------------------------------------------------------- keys
-
-
-class Made:
-    """Takes the place of `StageProcess`: writes what the stage would, at once, and notes its name."""
-
-    names: list[str]
-    fail_after: str = ""
-
-    def __init__(self, argv: tuple[str, ...], *, nproc: int, log: Path, label: str) -> None:
-        self.argv, self.name = argv, label.split()[-1]
-
-    def run(self) -> None:
-        out = Path(self.argv[self.argv.index("--out") + 1])
-        assert not out.is_file(), f"{self.name}: {out} exists"
-        Made.names.append(self.name)
-        text = " ".join(Path(part).name for part in self.argv)
-        if self.argv[0] == "train":
-            config = (Path(self.argv[self.argv.index("--config") + 1])).read_text()
-            digests = {"weights": f"{config.count('0.25')} {config.count('0.125')}"}
-            write_json(out / "checkpoints" / "step_000000001" / "meta.json",
-                       {"digests": digests, "seconds": 1.0, "num_samples": 24})  # fmt: skip
-        elif self.argv[0] == "transfer":
-            write_json(out, {"top1": 0.5})
-        elif self.argv[0] == "compact":
-            make_beton(out)
-        else:
-            save_npz(out, {"indices": np.arange(5)}, {"kind": "subset", "text": text})
-            if "--apply-to" in self.argv:
-                save_npz(out.with_suffix(".val.npz"), {"indices": np.arange(2)}, {"kind": "subset"})
-        if self.name == Made.fail_after:
-            raise RuntimeError("cut off")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Betons, the current folder, and stages that only pretend."""
-    for name in ("source", "val", "train", "test"):
-        make_beton(tmp_path / f"{name}.beton", per_class=2)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "StageProcess", Made)
-    monkeypatch.setattr(Made, "names", [], raising=False)
-    return tmp_path
-
-
-def small(**content: Any) -> RunConfig:
-    return config_of(**{
-        "source": {"train": "source.beton", "val": "val.beton"},
-        "targets": {"t": {"train": "train.beton", "test": "test.beton"}},
-        "arms": ["dense", "lm@0.5", "random@0.5"], "seeds": [0], "transfer": {"cached": True}, "compact": True,
-        **content,
-    })  # fmt: skip
-
-
-def made(out: str = "out", **content: Any) -> list[str]:
-    """The stages that a run carries out; what a dry run had announced is checked against it."""
-    Made.names = []
-    planned = [stage.name for stage, why in records.plan(Graph(small(**content), Path(out))) if why != "skip"]
-    pipeline.run(small(**content), out=Path(out))
-    assert set(Made.names) <= set(planned)
-    return Made.names
-
-
-def test_a_second_run_has_nothing_to_do(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert made() == list(Graph(small(), Path("out")).stages)
-    assert made() == []
-    pipeline.run(small(), out=Path("out"), dry_run=True)
-    assert all(line.split()[0] == "skip" for line in capsys.readouterr().out.splitlines()[-12:])
-
-
-@pytest.mark.parametrize("out", ["out", "deep/runs/out", "a", "e"])
-def test_a_run_folder_may_move(place: Path, out: str) -> None:
-    made(out)
-    Path(out).rename(place / "moved elsewhere")
-    assert made("moved elsewhere") == []
-    assert made(str(place / "moved elsewhere")) == []
-
-
-def test_inputs_may_move(place: Path) -> None:
-    made()
-    for name in ("train.beton", "train.beton.json"):
-        (place / name).rename(place / f"other-{name}")
-    assert made(targets={"t": {"train": "other-train.beton", "test": "test.beton"}}) == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    [{"log": {"every": 3}}, {"checkpoint": {"every_minutes": 1}}, {"nproc": 2}],
-    ids=str,
-)
-def test_what_changes_nothing(place: Path, content: Content) -> None:
-    made()
-    assert made(**content) == []
-
-
-CHANGES: list[tuple[Content, set[str]]] = [
-    ({"transfer": {"cached": True, "lp": {"epochs": 9}}}, {"transfer"}),
-    ({"pretrain": {"train": {"lr": 0.125}}}, {"pretrain", "transfer"}),
-    ({"surrogate": {"train": {"lr": 0.125}}}, {"surrogate", "vote"}),
-]
-
-
-@pytest.mark.parametrize(("content", "kinds"), CHANGES, ids=str)
-def test_what_a_changed_config_redoes(place: Path, content: Content, kinds: set[str]) -> None:
-    made()
-    assert {name.split("-")[0] for name in made(**content)} == kinds
-
-
-def test_a_changed_input_is_noticed(place: Path) -> None:
-    made()
-    make_beton(place / "test.beton", per_class=3)
-    assert {name.split("-")[0] for name in made()} == {"transfer"}
-    make_beton(place / "train.beton", per_class=3)
-    assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
-    make_beton(place / "source.beton", per_class=3)
-    assert {"surrogate", "prune", "compact", "pretrain"} <= {name.split("-")[0] for name in made()}
-
-
-def test_a_changed_image_folder_is_noticed(place: Path) -> None:
-    images = place / "images" / "a"
-    images.mkdir(parents=True)
-    (images / "1.png").write_bytes(b"1")
-    stage = Graph(small(source={"train": "images/"}), Path("out")).stages["write-source-train"]
-    digests = [records.content_digest(place / "images")]
-    (images / "1.png").write_bytes(b"12")
-    digests.append(records.content_digest(place / "images"))
-    (images / "2.png").touch()
-    digests.append(records.content_digest(place / "images"))
-    assert len(set(digests)) == 3 and stage.inputs == (Path("images"),)
-
-
-@pytest.mark.parametrize("name", ["subsets/lm@0.5-t.npz", "subsets/lm@0.5-t.val.npz", "data/lm@0.5-t.beton.json"])
-def test_an_output_that_is_gone_is_made_again(place: Path, name: str) -> None:
-    made()
-    (place / "out" / name).unlink()
-    (again,) = made()
-    assert again.endswith("lm@0.5-t")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["surrogate", "vote-lm-t", "prune-lm@0.5-t", "compact-lm@0.5-t", "pretrain-dense-s0", "transfer-lp-dense-t-s0"],
-)
-def test_cut_off_between_an_output_and_its_record(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Made, "fail_after", name)
-    with pytest.raises(RuntimeError, match="cut off"):
-        made()
-    reasons = {stage.name: why for stage, why in records.plan(Graph(small(), Path("out")))}
-    assert reasons[name] == "resume"
-    monkeypatch.setattr(Made, "fail_after", "")
-    assert made()[0] == name
-    assert made() == []
-
-
-def test_records_tell_what_was_done(place: Path) -> None:
-    made()
-    record = json.loads((place / "out" / "stages" / "prune-lm@0.5-t.json").read_text())
-    assert record["status"] == "done" and record["argv"][0] == "prune" and record["seconds"] >= 0
-    assert json.loads((place / "out" / "config.json").read_text()) == small().model_dump(mode="json")
 
 
 # ---------------------------------------------------------------- what a cluster is asked for

@@ -31,6 +31,7 @@ from dp4tl_dist.data.beton_format import (
 from dp4tl_dist.data.beton_writer import BetonWriter
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import read_json
+from dp4tl_dist.revisions import check_format
 
 __all__ = [
     "ALLOCATION", "FIELD", "HEADER", "IMAGE", "JPEG", "RAW",
@@ -137,6 +138,8 @@ def _classes(path: Path, labels: NDArray[np.int64], expected: str) -> tuple[str,
             f"{described} describes another beton ({content.get('fingerprint')}) than {path} ({expected}): "
             "copy the two files together, or write them again"
         )
+    if isinstance(meta := content.get("meta"), dict):
+        check_format(path, "dataset", meta)
     if high >= len(names):
         raise UserError(f"{path} has the label {high}, and {described} names {len(names)} classes: write it again")
     return tuple(names)

@@ -21,6 +21,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import atomic_folder, digest_file, read_json
 from dp4tl_dist.log import warn
 from dp4tl_dist.models import build_model, head_name
+from dp4tl_dist.revisions import check_format
 
 NAME = re.compile(r"step_(\d{9})")
 FILES = ("weights.safetensors", "state.pt")
@@ -47,6 +48,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else None
     if not isinstance(meta, dict) or meta.get("kind") != "checkpoint" or not isinstance(meta.get("digests"), dict):
         raise UserError(f"{folder} is not a checkpoint: pass a checkpoint folder or a run folder of `dp4tl train`")
+    check_format(folder, "checkpoint", meta)
     return meta
 
 
