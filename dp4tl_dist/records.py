@@ -5,13 +5,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dp4tl_dist import __version__
 from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
+from dp4tl_dist.data.walk import listing_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
 from dp4tl_dist.revisions import revision
@@ -123,18 +123,6 @@ def newest_meta(run_folder: Path) -> dict[str, Any]:
     metas = sorted((run_folder / "checkpoints").glob("step_*/meta.json"))
     found = read_json(metas[-1]) if metas else {}
     return found if isinstance(found, dict) else {}
-
-
-def listing_digest(folder: Path) -> str:
-    """A digest of the names, sizes and times of all files below `folder`: cheap, and it changes when an image does."""
-    digest = hashlib.blake2b(digest_size=16)
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            status = (Path(parent) / name).stat()
-            relative = Path(parent).relative_to(folder) / name
-            digest.update(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
 
 
 def record_path(graph: Graph, stage: Stage) -> Path:

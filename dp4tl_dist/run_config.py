@@ -54,6 +54,8 @@ class WriteConfig(Table):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     seed: Annotated[int, Field(ge=0)] = 0
     skip_bad: bool = False
+    reencode: bool = False
+    """Encode the JPEGs anew that could be kept as they are."""
 
 
 class ClusterStage(Table):

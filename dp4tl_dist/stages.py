@@ -60,7 +60,7 @@ class Graph:
         what = ("--synthetic", origin.removeprefix(SYNTHETIC)) if is_drawn else ("--images", str(Path(origin)))
         argv = ["write", *what, "--out", str(output), "--max-side", str(write.max_side),
                 "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
-        argv += ["--skip-bad"] if write.skip_bad else []
+        argv += [*(["--skip-bad"] if write.skip_bad else []), *(["--reencode"] if write.reencode else [])]
         inputs = () if is_drawn else (Path(origin),)
         return self.add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
 

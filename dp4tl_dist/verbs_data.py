@@ -28,11 +28,13 @@ def write(verbs: Verbs) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle at write time")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
+    parser.add_argument("--reencode", action="store_true", help="encode the JPEGs anew that could be kept as they are")
     add_out(parser, "the .beton file to make")
 
 
 def run_write(args: argparse.Namespace) -> None:
     from dp4tl_dist.data.origin import write_origin
+    from dp4tl_dist.errors import printable
     from dp4tl_dist.log import progress, say, warn
 
     with progress("write") as advance:
@@ -41,6 +43,8 @@ def run_write(args: argparse.Namespace) -> None:
         warn(f"skipped {path}: {reason}")
     say(f"{args.out}: {report.num_samples} samples of {report.num_classes} classes in {report.seconds:.1f} s"
         + (f", {len(report.skipped)} skipped" if report.skipped else ""))  # fmt: skip
+    if report.left_out:
+        say("left out: " + printable(", ".join(f"{count} {reason}" for reason, count in report.left_out.items())))
 
 
 def info(verbs: Verbs) -> None:

@@ -1,5 +1,10 @@
-"""One image of any kind to the JPEG payload of a beton. Runs in worker processes: it imports numpy and Pillow only."""
+"""One image of any kind to the JPEG payload of a beton. Runs in worker processes: no torch is imported.
 
+What Pillow decodes is taken, whatever its metadata are like: orientation alone is read, and applied where it can be.
+A JPEG that fits is kept as it is, without its metadata.
+"""
+
+import functools
 import io
 import multiprocessing
 import os
@@ -9,12 +14,22 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import IO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dp4tl_dist.data.coded import (
+    JPEG_MAGIC,
+    PNG_MAGIC,
+    Coded,
+    avif_without_exif,
+    decodes,
+    jpeg_without_metadata,
+    png_without_metadata,
+)
+from dp4tl_dist.data.depth import to_rgb
 from dp4tl_dist.errors import UserError
 
 Pixels: TypeAlias = NDArray[np.uint8] | Image.Image
@@ -23,6 +38,22 @@ Source: TypeAlias = Path | Pixels | Callable[[], Pixels]
 
 MAX_STORED_SIDE = 65_500
 """libjpeg's own limit, below that of the format's 16-bit sides."""
+
+
+NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats that Pillow names and does not decode: other programs do, and images from outside start no programs."""
+CERTAIN = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+"""Formats that a file's first bytes tell from anything else."""
+FOREIGN = frozenset({
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2", ".webp",
+})  # fmt: skip
+"""Images that Pillow, or this build of it, may have no decoder for: they are not passed over, but named."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes an image of EXIF's orientation upright."""
 
 
 class Sample(NamedTuple):
@@ -34,6 +65,34 @@ class Encoded(NamedTuple):
     payload: bytes
     height: int
     width: int
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NO_PIXELS)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in small letters and with their dots, of the formats that are read."""
+    known = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is to be read as an image: by its suffix, or by its content where that says nothing."""
+    if path.suffix.lower() in image_suffixes() | FOREIGN:
+        return True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=CERTAIN):
+                return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception as error:
+        return isinstance(error, OSError) and error.errno is not None  # it cannot be read, and will be named
 
 
 def prepare_worker() -> None:
@@ -49,23 +108,82 @@ def prepare_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def encode_samples(sources: list[Source], *, max_side: int, quality: int) -> list[Encoded | str]:
+def encode_samples(
+    sources: list[Source], *, max_side: int, quality: int, reencode: bool = False
+) -> list[Encoded | str]:
     """For each source its JPEG, or in words why its file cannot be read."""
-    return [_encode_or_reason(source, max_side=max_side, quality=quality) for source in sources]
+    return [_encode_or_reason(source, max_side=max_side, quality=quality, reencode=reencode) for source in sources]
 
 
-def _encode_or_reason(source: Source, *, max_side: int, quality: int) -> Encoded | str:
+def _encode_or_reason(source: Source, *, max_side: int, quality: int, reencode: bool) -> Encoded | str:
     if not isinstance(source, Path):
         return encode(_pixels(source), max_side=max_side, quality=quality)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; pixels that cannot be had are errors
-            with Image.open(source) as image:
-                return encode(image, max_side=max_side, quality=quality)
+            return encode_file(source, max_side=max_side, quality=quality, reencode=reencode)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind on damaged files; all mean the same here
-        return " ".join(str(error).replace(str(source), "the file").split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            return "not an image of a known format"
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def encode_file(path: Path, *, max_side: int, quality: int, reencode: bool = False) -> Encoded:
+    """Keep a JPEG that fits, unless `reencode`; `encode` everything else. Raises whatever Pillow does."""
+    if path.suffix.lower() in FOREIGN - image_suffixes():
+        raise ValueError(f"Pillow reads no {path.suffix.lower()} files: convert it")
+    with open(path, "rb") as handle:
+        start = handle.read(12)
+        handle.seek(0)
+        if start.startswith(JPEG_MAGIC):
+            return _encode_jpeg(handle.read(), max_side=max_side, quality=quality, reencode=reencode)
+        try:
+            with _open(handle) as image:
+                return encode(image, max_side=max_side, quality=quality)
+        except Exception:  # oversized texts, wrong checksums and tags that cannot be written again among them
+            strip = png_without_metadata if start.startswith(PNG_MAGIC) else avif_without_exif
+            if not start.startswith(PNG_MAGIC) and start[4:8] != b"ftyp":
+                raise
+        handle.seek(0)
+        with _open(io.BytesIO(strip(handle.read()))) as image:
+            return encode(image, max_side=max_side, quality=quality)
+
+
+def _encode_jpeg(data: bytes, *, max_side: int, quality: int, reencode: bool) -> Encoded:
+    coded = jpeg_without_metadata(data)
+    with _open(io.BytesIO(data), bare=coded.payload if coded else None) as image:
+        if coded and not reencode and _fits(coded, image, max_side) and decodes(coded):
+            return Encoded(coded.payload, coded.height, coded.width)
+        return encode(image, max_side=max_side, quality=quality)
+
+
+def _open(file: IO[bytes], *, bare: bytes | None = None) -> Image.Image:
+    """Pillow's image, of any format that it decodes itself; of the `bare` file where the metadata are in the way."""
+    try:
+        return Image.open(file, formats=_formats())
+    except Image.DecompressionBombError:
+        raise
+    except Exception:
+        if bare is None:
+            raise
+        return Image.open(io.BytesIO(bare), formats=_formats())
+
+
+def _fits(coded: Coded, image: Image.Image, max_side: int) -> bool:
+    small = max(coded.height, coded.width) <= (max_side or MAX_STORED_SIDE)
+    return coded.plain and small and _orientation(image) not in TURNS
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's (or XMP's) orientation; 1, upright, where it says nothing that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's reader of metadata raises nearly every kind on odd ones
+        return 1
 
 
 def encode(image: Image.Image, *, max_side: int, quality: int) -> Encoded:
@@ -77,7 +195,10 @@ def encode(image: Image.Image, *, max_side: int, quality: int) -> Encoded:
         # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side leaves the resizing filter enough to work with.
         image.draft(None, (2 * max_side, 2 * max_side))
     image.load()
-    image = to_rgb(ImageOps.exif_transpose(image))
+    orientation = _orientation(image)  # now: TIFFs are upright once they are loaded
+    image = to_rgb(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     longest = max(image.size)
     if max_side and longest > max_side:
         width, height = (max(1, round(side * max_side / longest)) for side in image.size)
@@ -85,21 +206,8 @@ def encode(image: Image.Image, *, max_side: int, quality: int) -> Encoded:
     elif longest > MAX_STORED_SIDE:
         raise ValueError(f"a side of {longest} pixels is more than JPEG holds: use max_side")
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality, comment=b"", exif=b"", xmp=b"")  # Pillow would pass some on
     return Encoded(buffer.getvalue(), image.height, image.width)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16-bit grey is scaled to 8 bits; transparency is dropped, as image classifiers' loaders do."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no range that says what white is")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255, which makes nearly every 16-bit pixel white.
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
-        image = Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _pixels(source: Pixels | Callable[[], Pixels]) -> Image.Image:

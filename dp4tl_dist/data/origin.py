@@ -2,18 +2,20 @@
 
 import argparse
 
-from dp4tl_dist.data.write import Progress, WriteOptions, WriteReport, folder_samples, write_samples
+from dp4tl_dist.data.write import Progress, WriteOptions, WriteReport, read_folder, write_images, write_samples
 from dp4tl_dist.files import check_output
 
 
 def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
     """Write what --images, --torchvision or --synthetic name to --out."""
-    options = WriteOptions(args.max_side, args.quality, args.seed, args.workers, args.skip_bad, args.force)
+    options = WriteOptions(
+        args.max_side, args.quality, args.seed, args.workers, args.skip_bad, args.force, args.reencode
+    )
     check_output(args.out, force=args.force)
     if args.images is not None:
-        samples, classes = folder_samples(args.images)
-        origin = str(args.images)
-    elif args.torchvision is not None:
+        found = read_folder(args.images)
+        return write_images(found, args.out, options=options, origin=str(args.images), progress=progress)
+    if args.torchvision is not None:
         from dp4tl_dist.data.sources import open_source
 
         samples, classes = open_source(args.torchvision, args.split, args.root, download=args.download)

@@ -8,26 +8,27 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dp4tl_dist.data.beton import BetonWriter
 from dp4tl_dist.data.encode import Encoded, Sample, Source, encode_samples, prepare_worker
+from dp4tl_dist.data.folder import ImageFolder, check_broken, check_skipped, folder_samples, read_folder
 from dp4tl_dist.data.order import epoch_order
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_output, make_meta
 
-__all__ = ["Sample", "WriteReport", "folder_samples", "write_folder", "write_samples"]
+__all__ = ["ImageFolder", "Sample", "WriteReport", "folder_samples", "read_folder", "write_folder", "write_samples"]
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 WRITE_EPOCH = 2**63
 """The shuffle at write time has a key of its own, apart from every epoch's."""
 CHUNK = 16
@@ -45,6 +46,8 @@ class WriteReport:
     num_classes: int
     skipped: list[tuple[str, str]]
     """(path, reason) of each unreadable image, by path."""
+    left_out: dict[str, int]
+    """How many files and folders were no images to begin with, by reason."""
     seconds: float
 
 
@@ -58,6 +61,8 @@ class WriteOptions:
     """Encoding processes; 0 takes what this process's cores and the amount of work suggest."""
     skip_bad: bool = False
     force: bool = False
+    reencode: bool = False
+    """Encode the JPEGs anew that could be kept as they are."""
 
     def __post_init__(self) -> None:
         if self.max_side < 0 or 0 < self.max_side < 8:
@@ -78,12 +83,23 @@ def write_folder(
     num_workers: int = 0,
     skip_bad: bool = False,
     force: bool = False,
+    reencode: bool = False,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write images/<class>/.../<image> to `out`. See `write_samples`; class names are the sorted folder names."""
-    options = WriteOptions(max_side, quality, seed, num_workers, skip_bad, force)
-    samples, classes = folder_samples(images)
-    return write_samples(samples, classes, out, options=options, origin=str(images), progress=progress)
+    options = WriteOptions(max_side, quality, seed, num_workers, skip_bad, force, reencode)
+    return write_images(read_folder(images), out, options=options, origin=str(images), progress=progress)
+
+
+def write_images(
+    found: ImageFolder, out: Path, *, options: WriteOptions, origin: str, progress: Progress | None = None
+) -> WriteReport:
+    """`write_samples` for a folder that was read. What leads nowhere counts as unreadable."""
+    check_broken(found, skip_bad=options.skip_bad)
+    return write_samples(
+        found.samples, found.classes, out, options=options, origin=origin, progress=progress,
+        broken=found.broken, left_out=found.left_out,
+    )  # fmt: skip
 
 
 def write_samples(
@@ -94,11 +110,14 @@ def write_samples(
     options: WriteOptions | None = None,
     origin: str = "",
     progress: Progress | None = None,
+    broken: Sequence[tuple[str, str]] = (),
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> WriteReport:
     """Encode `samples` in a seeded random order; identifiers are their positions in the file.
 
-    `origin` is kept in the file's meta; `progress(done, total)` is called now and then. Raises UserError for unreadable
-    files (unless options.skip_bad), RuntimeError when an encoding process dies; either way nothing is left at `out`.
+    `origin` is kept in the file's meta; `progress(done, total)` is called now and then. `broken` (path, reason) count
+    among the skipped; `left_out` is told. Raises UserError for unreadable files (unless options.skip_bad), RuntimeError
+    when an encoding process dies; either way nothing is left at `out`.
     """
     options = options or WriteOptions()
     start = time.monotonic()
@@ -106,7 +125,7 @@ def write_samples(
         raise UserError(f"{origin or out}: there are no images to write")
     check_output(out, force=options.force)
     order = epoch_order(np.arange(len(samples)), seed=options.seed, epoch=WRITE_EPOCH).tolist()
-    skipped: list[tuple[str, str]] = []
+    skipped = list(broken)
     with BetonWriter(out, capacity=len(samples)) as writer:
         encoded = _encode_all((samples[i].source for i in order), options)
         with contextlib.closing(encoded):
@@ -120,52 +139,11 @@ def write_samples(
                 if progress and (done % CHUNK == 0 or done == len(order)):
                     progress(done, len(order))
         skipped.sort()
-        _check_skipped(skipped, len(order), options)
+        check_skipped(skipped, len(order) + len(broken), skip_bad=options.skip_bad)
         config = asdict(options) | {"origin": origin}
-        meta = make_meta("dataset", config=config, seed=options.seed) | {"skipped": skipped}
-        writer.finish(classes, meta)
-    return WriteReport(writer.num_samples, len(classes), skipped, time.monotonic() - start)
-
-
-def _check_skipped(skipped: list[tuple[str, str]], total: int, options: WriteOptions) -> None:
-    if skipped and (not options.skip_bad or len(skipped) == total):
-        path, reason = skipped[0]
-        remedy = "" if options.skip_bad else ", or skip them with --skip-bad"
-        raise UserError(f"{len(skipped)} of {total} images cannot be read, first {path} ({reason}): mend them{remedy}")
-
-
-# ---------------------------------------------------------------- folders
-
-
-def folder_samples(images: Path) -> tuple[list[Sample], list[str]]:
-    """The samples of images/<class>/.../<image>, sorted, and the class names. Hidden names are left out."""
-    if not images.is_dir():
-        raise UserError(f"{images} is not a folder: give one that holds a folder of images for each class")
-    entries = [entry for entry in sorted(images.iterdir()) if not entry.name.startswith(".")]
-    folders = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
-    if loose:
-        raise UserError(f"{loose[0]} is not in a class folder ({len(loose)} such images): move it to {images}/<class>/")
-    if not folders:
-        raise UserError(f"{images} has no class folders: it should hold a folder of images for each class")
-    samples: list[Sample] = []
-    for label, folder in enumerate(folders):
-        found = sorted(_images_under(folder))
-        if not found:
-            raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}): add some or remove the folder")
-        samples += [Sample(path, label) for path in found]
-    return samples, [folder.name for folder in folders]
-
-
-def _images_under(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}): change its permissions") from error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(parent, name)
+        meta = make_meta("dataset", config=config, seed=options.seed)
+        writer.finish(classes, meta | {"skipped": skipped, "left_out": dict(left_out)})
+    return WriteReport(writer.num_samples, len(classes), skipped, dict(left_out), time.monotonic() - start)
 
 
 # ---------------------------------------------------------------- processes
@@ -173,7 +151,7 @@ def _images_under(folder: Path) -> Iterator[Path]:
 
 def _encode_all(sources: Iterator[Source], options: WriteOptions) -> Generator[Encoded | str, None, None]:
     """The results for `sources`, in order."""
-    encode: Any = partial(encode_samples, max_side=options.max_side, quality=options.quality)
+    encode: Any = partial(encode_samples, max_side=options.max_side, quality=options.quality, reencode=options.reencode)
     chunks = iter(lambda: list(itertools.islice(sources, CHUNK)), [])
     num_workers = options.num_workers or len(os.sched_getaffinity(0))
     if options.num_workers == 0 or num_workers == 1:

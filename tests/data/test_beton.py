@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from stock import stock_loader
 
 from dp4tl_dist.data import beton_writer
 from dp4tl_dist.data.beton import JPEG, RAW, BetonWriter, describe, fingerprint, open_beton
@@ -33,28 +34,6 @@ def write(path, *, count=10, mode=JPEG, capacity=None, sides=(24, 32)):
             writer.add(payload, height=height, width=width, label=i % 3, identifier=100 + i, mode=mode)
         writer.finish(CLASSES, {"seed": 0})
     return path
-
-
-def stock_loader(path, os_cache, fields):
-    """Batches of stock FFCV's own loader. Its compiler is off: compiling takes seconds, and reads the same bytes."""
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.transforms import ToTensor
-
-    enabled = Compiler.is_enabled
-    Compiler.set_enabled(False)
-    try:
-        pipelines = {name: [IntDecoder(), ToTensor()] for name in fields}
-        pipelines[fields[0]] = [SimpleRGBImageDecoder(), ToTensor()]
-        loader = Loader(
-            str(path), batch_size=4, num_workers=1, os_cache=os_cache, order=OrderOption.SEQUENTIAL,
-            drop_last=False, pipelines=pipelines,
-        )  # fmt: skip
-        return [[part.numpy().copy() for part in batch] for batch in loader]
-    finally:
-        Compiler.set_enabled(enabled)
 
 
 @pytest.mark.parametrize("os_cache", [True, False])

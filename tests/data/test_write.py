@@ -99,7 +99,7 @@ def damaged(folder):
     (folder / "ant" / "2.png").write_bytes(b"")
     (folder / "bée" / "3.png").write_text("<html>not found</html>")
     (folder / "zebra" / "cut.jpg").write_bytes(buffer.getvalue()[:-2000])
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "zebra" / "f.tif")
+    Image.fromarray(np.full((4, 4), -1, np.float32)).save(folder / "zebra" / "f.tif")
     return folder
 
 
