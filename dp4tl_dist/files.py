@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,11 @@ def save_npz(path: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, 
         np.savez(handle, meta=np.array(json.dumps(meta, sort_keys=True)), **arrays)  # type: ignore[arg-type]
 
 
-def load_npz(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays and the meta of an npz of that `kind`. Anything else is a UserError; sizes are checked first."""
+def load_npz(
+    path: Path, kind: str, *, only: Collection[str] | None = None
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays (`only` those of these names) and the meta of an npz of that `kind`. Anything else is a UserError;
+    sizes are checked first."""
     if not path.is_file():
         raise UserError(f"{path} is not there: it should be a {kind} file (.npz)")
     try:
@@ -207,7 +210,9 @@ def load_npz(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, 
             # npz members are stored uncompressed, so a larger claim than the file is a lie.
             if claimed > path.stat().st_size or claimed > MAX_ARRAY_BYTES:
                 raise UserError(f"{path} claims {claimed} bytes of arrays, more than the file holds: write it again")
-            arrays = {item.filename.removesuffix(".npy"): _read_member(archive, item) for item in archive.infolist()}
+            members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+            wanted = members.keys() if only is None else members.keys() & {"meta", *only}
+            arrays = {name: _read_member(archive, members[name]) for name in wanted}
         meta = json.loads(str(arrays.pop("meta")))
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""`dp4tl info`: what any artefact is. Reads headers and meta, never weights."""
+"""`dp4tl info`: what any artefact is. Reads headers and meta, and with --verify every byte."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,10 @@ import numpy as np
 
 from dp4tl_dist.data.beton import describe as describe_beton
 from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.data.verify import verify as verify_beton
 from dp4tl_dist.errors import UserError, printable
 from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.log import on_terminal, progress
 from dp4tl_dist.prune.clusters_file import load_clusters
 from dp4tl_dist.prune.votes_file import load_votes
 
@@ -29,6 +31,24 @@ def describe(path: Path) -> dict[str, Any]:
         content = read_json(path)
         return {"path": str(path), **content} if isinstance(content, dict) else {"path": str(path), "content": content}
     return describe_beton(open_beton(path))
+
+
+def verify(path: Path) -> list[str]:
+    """What is damaged in a beton, a checkpoint or a run folder of `dp4tl train`, a line each. Reads every byte.
+
+    Files of other kinds are read whole whenever they are described.
+    """
+    if path.is_dir():
+        from dp4tl_dist.train.checkpoint import checkpoints, is_whole  # imports torch
+
+        folders = checkpoints(path) if (path / "checkpoints").is_dir() else [path]
+        return [
+            f"{folder} is damaged: its files differ from its meta.json" for folder in folders if not is_whole(folder)
+        ]
+    if not path.exists() or path.suffix in (".npz", ".json"):
+        return []
+    with progress("verify", shown=on_terminal()) as advance:
+        return verify_beton(path, advance)
 
 
 def _describe_folder(path: Path) -> dict[str, Any]:

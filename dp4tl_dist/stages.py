@@ -5,6 +5,7 @@ from pathlib import Path
 from dp4tl_dist.arms import select, whose
 from dp4tl_dist.config import OptimConfig
 from dp4tl_dist.data.losses import NAME as LOSSES
+from dp4tl_dist.data.rows import beside
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.recipes import RECIPES
 from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain, parse_arm
@@ -62,7 +63,7 @@ class Graph:
                 "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
         argv += [*(["--skip-bad"] if write.skip_bad else []), *(["--reencode"] if write.reencode else [])]
         inputs = () if is_drawn else (Path(origin),)
-        return self.add(Stage(f"write-{name}", tuple(argv), inputs, output, also=(Path(f"{output}.json"),)))
+        return self.add(Stage(f"write-{name}", tuple(argv), inputs, output, also=beside(output)))
 
     def train(
         self,
@@ -108,7 +109,7 @@ class Graph:
         if subset and self.config.compact:
             train, indices = self.out / "data" / f"{subset.stem}.beton", None
             argv = ("compact", "--source", str(self.source), "--subset", str(subset), "--out", str(train))
-            stage = Stage(f"compact-{subset.stem}", argv, (self.source, subset), train, also=(Path(f"{train}.json"),))
+            stage = Stage(f"compact-{subset.stem}", argv, (self.source, subset), train, also=beside(train))
             self.add(stage)
             selection = (*selection, stage.name)
         val_subset = subset.with_suffix(".val.npz") if subset and self.source_val else None

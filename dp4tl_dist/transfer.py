@@ -174,7 +174,8 @@ def make_job(
 
 
 def make_loader(beton: Beton, config: TransferConfig, world: World) -> BetonLoader:
-    return BetonLoader(beton, device=world.device, num_workers=world.num_workers(config.num_workers))
+    workers = world.num_workers(config.num_workers)
+    return BetonLoader(beton, device=world.device, num_workers=workers, tells=world.is_main)
 
 
 def cache_features(probe: LinearProbe, split: Split, beton: Beton, view: CentreView, world: World) -> FeatureSource:

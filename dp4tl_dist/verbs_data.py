@@ -53,12 +53,17 @@ def info(verbs: Verbs) -> None:
         "path", type=Path, metavar="PATH", help="a beton, an .npz, a checkpoint, a run folder, a result"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--verify", action="store_true", help="read every byte, and name what is damaged")
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from dp4tl_dist.info import describe, render
+    from dp4tl_dist.errors import UserError, printable
+    from dp4tl_dist.info import describe, render, verify
 
-    content = describe(args.path)
+    if args.verify and (faults := verify(args.path)):
+        print("\n".join(printable(line) for line in faults), flush=True)
+        raise UserError(f"{args.path} is damaged, in {len(faults)} places: restore it from a copy, or make it again")
+    content = describe(args.path) | ({"verified": True} if args.verify else {})
     print(json.dumps(content, indent=2, sort_keys=True) if args.json else render(content))
 
 

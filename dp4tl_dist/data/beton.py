@@ -29,6 +29,7 @@ from dp4tl_dist.data.beton_format import (
     sidecar,
 )
 from dp4tl_dist.data.beton_writer import BetonWriter
+from dp4tl_dist.data.rows import rows_path
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import read_json
 from dp4tl_dist.revisions import check_format
@@ -81,10 +82,11 @@ def fingerprint(path: Path) -> str:
     return open_beton(path).fingerprint
 
 
-def open_beton(path: Path) -> Beton:
+def open_beton(path: Path, *, described: bool = True) -> Beton:
     """Open and validate a file of this project or of stock FFCV (an image and a label field; JPEG or raw).
 
-    Without a sidecar classes are called "0", "1", ...; without an identifier field identifiers are positions.
+    Without a sidecar, or not `described` by it, classes are called "0", "1", ...; without an identifier field
+    identifiers are positions.
     Raises UserError for anything else, before allocating more than the file's own size.
     """
     try:
@@ -110,7 +112,7 @@ def open_beton(path: Path) -> Beton:
         path=path,
         page_size=int(header["page_size"]),
         fingerprint=found,
-        classes=_classes(path, labels, found),
+        classes=_classes(path, labels, found if described else None),
         labels=labels,
         identifiers=identifiers,
         heights=columns["height"],
@@ -122,12 +124,12 @@ def open_beton(path: Path) -> Beton:
     )
 
 
-def _classes(path: Path, labels: NDArray[np.int64], expected: str) -> tuple[str, ...]:
+def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tuple[str, ...]:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= MAX_CLASSES:
         damaged(path, f"labels from {low} to {high}")
     described = sidecar(path)
-    if not described.exists():
+    if expected is None or not described.exists():
         return tuple(str(i) for i in range(high + 1))
     content = read_json(described)
     names = content.get("classes") if isinstance(content, dict) else None
@@ -165,5 +167,6 @@ def describe(beton: Beton) -> dict[str, Any]:
         "file_bytes": beton.path.stat().st_size,
         "jpeg_samples": int((beton.modes == JPEG).sum()),
         **{name: {"min": int(a.min()), "mean": float(a.mean()), "max": int(a.max())} for name, a in sides.items()},
+        "checksums": rows_path(beton.path).is_file(),
         "meta": read_json(described).get("meta") if described.exists() else None,
     }

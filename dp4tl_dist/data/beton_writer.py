@@ -21,6 +21,7 @@ from dp4tl_dist.data.beton_format import (
     metadata_dtype,
     sidecar,
 )
+from dp4tl_dist.data.rows import checksum, save_rows
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import atomic_file, write_json
 
@@ -32,7 +33,7 @@ FIELDS = (("image", 2), ("label", 1), ("identifier", 1))
 
 
 class BetonWriter:
-    """Writes a beton sample by sample; the file and its sidecar appear when the block ends after `finish`, or never.
+    """Writes a beton sample by sample; it and the files beside it appear when the block ends after `finish`, or never.
 
     The same samples give the same bytes. `capacity` is the largest number of samples that will be added.
     """
@@ -43,6 +44,8 @@ class BetonWriter:
         self._metadata = np.zeros(capacity, metadata_dtype(kind for _, kind in FIELDS))
         self._allocation = np.zeros(capacity, ALLOCATION)
         self._page_size = 0  # chosen once enough payloads are pending
+        self._crc: list[int] = []
+        self._names: list[str] = []
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._position = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._metadata.nbytes
@@ -64,9 +67,13 @@ class BetonWriter:
             raise error
         return self._stack.__exit__(kind, error, trace)
 
-    def add(self, payload: bytes, *, height: int, width: int, label: int, identifier: int, mode: int = JPEG) -> None:
-        """Append one image: a JPEG file, or height * width * 3 bytes of RGB rows with mode=RAW."""
+    def add(
+        self, payload: bytes, *, height: int, width: int, label: int, identifier: int, mode: int = JPEG, name: str = ""
+    ) -> None:
+        """Append one image: a JPEG file, or height * width * 3 bytes of RGB rows with mode=RAW. name: of its file."""
         self._metadata[self.num_samples] = ((mode, width, height, 0), label, identifier)
+        self._crc.append(checksum(payload, label=label, identifier=identifier))
+        self._names.append(name)
         self.num_samples += 1
         self._pending.append(payload)
         self._pending_bytes += len(payload)
@@ -74,7 +81,7 @@ class BetonWriter:
             self._place_pending()
 
     def finish(self, classes: Sequence[str], meta: Mapping[str, Any]) -> str:
-        """Write the tables and the sidecar; returns the fingerprint."""
+        """Write the tables, the rows and the sidecar; returns the fingerprint."""
         self._place_pending()
         header, table = np.zeros(1, HEADER), np.zeros(len(FIELDS), FIELD)
         for row, (name, kind) in zip(table, FIELDS, strict=True):
@@ -90,6 +97,7 @@ class BetonWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         found = digest(header, table, metadata, allocation)
+        save_rows(self.path, self._crc, self._names, fingerprint=found)
         write_json(sidecar(self.path), {"classes": list(classes), "meta": dict(meta), "fingerprint": found})
         self._finished = True
         return found

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton import Beton, BetonWriter, open_beton
 from dp4tl_dist.data.order import epoch_order
+from dp4tl_dist.data.rows import DIFFERS, describe_sample, load_rows, read_names, warn_unchecked
 from dp4tl_dist.data.subset import load_subset
 from dp4tl_dist.data.write import WRITE_EPOCH
 from dp4tl_dist.errors import UserError
@@ -19,8 +20,9 @@ RUN_BYTES = 64 << 20
 def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool = False) -> int:
     """Write the samples of `subset` from `source` to `out`, shuffled with `seed`; returns their number.
 
-    Identifiers, labels and class names stay as they are, so results by identifier still refer to `source`.
-    Memory is bounded by `RUN_BYTES`. Raises UserError for a subset of another file or an output that exists.
+    Identifiers, labels, class and file names stay as they are, so results by identifier still refer to `source`.
+    Payloads are held against their checksums. Memory is bounded by `RUN_BYTES`. Raises UserError for a subset of
+    another file, a damaged sample or an output that exists.
     """
     beton = open_beton(source)
     chosen = load_subset(subset, beton=beton)
@@ -29,8 +31,16 @@ def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool
     check_output(out, force=force)
     order = epoch_order(chosen.indices, seed=seed, epoch=WRITE_EPOCH)
     inputs = {"source": beton.fingerprint, "subset": digest_file(subset)}
+    rows, names = load_rows(beton), read_names(beton)
+    if rows is None:
+        warn_unchecked(source)
     with BetonWriter(out, capacity=len(order)) as writer:
         for index, payload in _payloads(beton, order):
+            if rows is not None and not rows.proves(beton, index, payload):
+                raise UserError(
+                    f"{source}: the sample at {describe_sample(beton, index, names)} is damaged, as {DIFFERS}: "
+                    "write the file again, or leave the sample out of the subset"
+                )
             writer.add(
                 payload,
                 height=int(beton.heights[index]),
@@ -38,6 +48,7 @@ def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool
                 label=int(beton.labels[index]),
                 identifier=int(beton.identifiers[index]),
                 mode=int(beton.modes[index]),
+                name=names[index] if names else "",
             )
         writer.finish(beton.classes, make_meta("dataset", config={"origin": str(source)}, seed=seed, inputs=inputs))
     return len(order)

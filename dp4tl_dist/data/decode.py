@@ -8,8 +8,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
@@ -19,8 +18,8 @@ import torch
 from numba import types
 from numpy.typing import NDArray
 
-from dp4tl_dist.data.beton import RAW, Beton
-from dp4tl_dist.log import warn
+from dp4tl_dist.data.beton import RAW
+from dp4tl_dist.data.rows import DIFFERS
 
 
 @contextlib.contextmanager
@@ -49,7 +48,7 @@ with _quiet_import():
     from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 
 __all__ = [
-    "BadSampleError", "Compiler", "CropDecoder", "EpochIterator", "Graph", "OSCacheContext", "OSCacheManager",
+    "AllocationQuery", "Compiler", "EpochIterator", "Graph", "OSCacheContext", "OSCacheManager", "Operation",
     "PipelineSpec", "ProcessCacheManager", "RGBImageField", "ToDevice", "ToTensor", "ToTorchImage", "decode_batch",
 ]  # fmt: skip
 
@@ -57,6 +56,7 @@ STATUS = {
     1: "its header is not that of a JPEG of the size that the metadata gives",
     2: "its JPEG data are damaged",
     3: "its raw pixels are not height x width x 3 bytes",
+    4: DIFFERS,
 }
 CHUNK = 16  # images a thread takes at a time: small, for images differ in size, and large against a call's cost
 
@@ -157,12 +157,14 @@ def decode_batch(
     *,
     pool: Executor,
     num_workers: int,
+    check: Callable[[int, memoryview], bool] | None = None,
 ) -> NDArray[np.int32]:
     """Decode payload i, crop it to boxes[i], resize it into output[i] and mirror it if flips[i].
 
     Payload i is memory[offsets[i]:][:sizes[i]], with memory uint8 (bytes,); modes are 0 (JPEG) or 1 (raw); boxes (n, 4)
     are (top, left, height, width) in pixels, inside the image; output (n, rows, columns, 3) is contiguous.
-    Offsets, sizes and boxes must be valid: they are not checked again.
+    Offsets, sizes and boxes must be valid: they are not checked again. check(i, payload i) says whether a payload that
+    can be decoded is the right one; it is called by several threads.
     Returns status int32 (n,): 0, or a key of STATUS. The pixels do not depend on `num_workers`.
     """
     memory = np.asarray(memory).view()
@@ -170,74 +172,17 @@ def decode_batch(
     status = np.zeros(len(output), dtype=np.int32)
     arguments = (memory, offsets, sizes, modes, heights, widths, boxes, flips, output, status)
     chunk = max(1, min(CHUNK, -(-len(output) // num_workers)))
-    starts = range(0, len(output), chunk)
-    for _ in pool.map(lambda start: _decode_range(*arguments, start, min(start + chunk, len(output))), starts):
+
+    def payload(i: int) -> memoryview:
+        return memory[offsets[i] : offsets[i] + sizes[i]].data
+
+    def work(start: int) -> None:
+        stop = min(start + chunk, len(output))
+        wrong = [] if check is None else [i for i in range(start, stop) if not check(i, payload(i))]
+        _decode_range(*arguments, start, stop)
+        for i in wrong:
+            status[i] = status[i] or 4
+
+    for _ in pool.map(work, range(0, len(output), chunk)):
         pass  # raises what a thread raised
     return status
-
-
-class BadSampleError(RuntimeError):
-    """A sample's payload cannot be decoded. The text names the file, the position, the identifier and the defect."""
-
-
-class View(Protocol):
-    """What to cut out of each image."""
-
-    @property
-    def resolution(self) -> int: ...
-
-    def draw(self, beton: Beton, batch: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Boxes int32 (n, 4) and flips bool (n,) for the samples at the positions `batch`."""
-
-
-class CropDecoder(Operation):
-    """FFCV's first stage: positions in a beton to pixels uint8 (batch, resolution, resolution, 3).
-
-    skipped: bool (samples,), where samples that cannot be decoded are marked and come out black. None: they are errors.
-    """
-
-    def __init__(
-        self, beton: Beton, view: View, *, pool: Executor, num_workers: int, skipped: NDArray[np.bool_] | None = None
-    ) -> None:
-        super().__init__()
-        self.beton, self.view, self.pool, self.num_workers, self.skipped = beton, view, pool, num_workers, skipped
-
-    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-        shape, dtype = (self.view.resolution, self.view.resolution, 3), np.dtype("u1")
-        return replace(previous_state, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Callable[..., NDArray[np.uint8]]:
-        return self._decode
-
-    def _decode(
-        self, batch: NDArray[np.int64], output: NDArray[np.uint8], _: Any, storage: tuple[Any, ...]
-    ) -> NDArray[np.uint8]:
-        beton, memory = self.beton, storage[0]
-        offsets = beton.pointers[batch].astype(np.int64)
-        if memory.ndim == 2:  # the page cache's memory is (slots, page size), and storage[3] gives a page's slot
-            page, offset = np.divmod(offsets, beton.page_size)
-            offsets = storage[3][page].astype(np.int64) * beton.page_size + offset
-        boxes, flips = self.view.draw(beton, batch)
-        status = decode_batch(
-            memory.reshape(-1), offsets, beton.sizes[batch].astype(np.int64), beton.modes[batch],
-            beton.heights[batch].astype(np.int64), beton.widths[batch].astype(np.int64), boxes, flips, output,
-            pool=self.pool, num_workers=self.num_workers,
-        )  # fmt: skip
-        for row in np.flatnonzero(status):
-            self._refuse(int(batch[row]), STATUS[int(status[row])])
-            output[row] = 0
-        return output
-
-    def _refuse(self, position: int, why: str) -> None:
-        beton = self.beton
-        text = (
-            f"{beton.path}: the sample at position {position} (identifier {beton.identifiers[position]}) "
-            f"cannot be decoded, as {why}: "
-        )
-        if self.skipped is None:
-            raise BadSampleError(
-                text + 'write the file again, or leave such samples out with data.on_bad_sample = "skip"'
-            )
-        if not self.skipped[position]:
-            warn(text + "it is left out of the loss")
-        self.skipped[position] = True

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dp4tl_dist.data import augment, decode
 from dp4tl_dist.data.beton import Beton, fingerprint
+from dp4tl_dist.data.crops import CropDecoder
 from dp4tl_dist.data.order import check_indices
+from dp4tl_dist.data.rows import load_rows, warn_unchecked
 from dp4tl_dist.data.steps import MappedFile, PageCache, Steps
 from dp4tl_dist.errors import UserError
 
@@ -101,7 +103,8 @@ class BetonLoader:
     device: where batches are to arrive, "cpu" or "cuda:I". num_workers: decoding threads. os_cache: map the file and
     leave caching to the operating system; else hold just the pages that the coming batches need, for files larger than
     memory and an order that draws from a window of pages. skip_bad: samples that cannot be decoded come as black images
-    with the label IGNORED, each with a warning the first time, and are no error.
+    with the label IGNORED, each with a warning the first time, and are no error. tells: this rank says where the beton
+    has no checksums to hold its samples against. Raises UserError for checksums of another beton.
     """
 
     def __init__(
@@ -112,8 +115,12 @@ class BetonLoader:
         num_workers: int = 1,
         os_cache: bool = True,
         skip_bad: bool = False,
+        tells: bool = True,
     ) -> None:
         self.beton = beton
+        self._rows = load_rows(beton)
+        if self._rows is None and tells:
+            warn_unchecked(beton.path)
         self._stamp = stamp(beton.path)
         self._skipped = np.zeros(beton.num_samples, np.bool_) if skip_bad else None
         self.device = torch.device(device)
@@ -160,6 +167,8 @@ class BetonLoader:
             same = False
         if not same:
             raise ChangedFileError(f"{self.beton.path} was changed while it was read: put it back and run again")
+        if self._rows is not None:
+            self._rows.forget()  # the same tables, and perhaps other payloads
         self._stamp = now
 
     def _attach(self, values: NDArray[np.int64]) -> Tensor:
@@ -168,8 +177,8 @@ class BetonLoader:
 
     def _plan(self, batch_size: int, view: View) -> SimpleNamespace:
         """What FFCV's epoch takes from its loader: the stages, the sizes and the source of pages."""
-        decoder = decode.CropDecoder(
-            self.beton, view, pool=self._pool, num_workers=self.num_workers, skipped=self._skipped
+        decoder = CropDecoder(
+            self.beton, view, pool=self._pool, num_workers=self.num_workers, skipped=self._skipped, rows=self._rows
         )
         moves = [] if self.device.type == "cpu" else [decode.ToDevice(self.device, non_blocking=True)]
         stages = [decoder, decode.ToTensor(), *moves, decode.ToTorchImage(channels_last=True)]

@@ -12,13 +12,17 @@ def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
         args.max_side, args.quality, args.seed, args.workers, args.skip_bad, args.force, args.reencode
     )
     check_output(args.out, force=args.force)
+    root = None
     if args.images is not None:
         found = read_folder(args.images)
-        return write_images(found, args.out, options=options, origin=str(args.images), progress=progress)
+        return write_images(
+            found, args.out, options=options, origin=str(args.images), root=args.images, progress=progress
+        )
     if args.torchvision is not None:
         from dp4tl_dist.data.sources import open_source
 
-        samples, classes = open_source(args.torchvision, args.split, args.root, download=args.download)
+        root = args.root
+        samples, classes = open_source(args.torchvision, args.split, root, download=args.download)
         origin = f"torchvision {args.torchvision} {args.split} in {args.root}"
     else:
         from dp4tl_dist.data.synthetic import dataset
@@ -26,4 +30,4 @@ def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
         kind, _, split = args.synthetic.partition("/")
         samples, classes = dataset(kind, split, seed=args.seed)
         origin = f"synthetic {args.synthetic}"
-    return write_samples(samples, classes, args.out, options=options, origin=origin, progress=progress)
+    return write_samples(samples, classes, args.out, options=options, origin=origin, root=root, progress=progress)

@@ -88,16 +88,17 @@ def write_folder(
 ) -> WriteReport:
     """Write images/<class>/.../<image> to `out`. See `write_samples`; class names are the sorted folder names."""
     options = WriteOptions(max_side, quality, seed, num_workers, skip_bad, force, reencode)
-    return write_images(read_folder(images), out, options=options, origin=str(images), progress=progress)
+    found = read_folder(images)
+    return write_images(found, out, options=options, origin=str(images), root=images, progress=progress)
 
 
 def write_images(
-    found: ImageFolder, out: Path, *, options: WriteOptions, origin: str, progress: Progress | None = None
+    found: ImageFolder, out: Path, *, options: WriteOptions, origin: str, root: Path, progress: Progress | None = None
 ) -> WriteReport:
     """`write_samples` for a folder that was read. What leads nowhere counts as unreadable."""
     check_broken(found, skip_bad=options.skip_bad)
     return write_samples(
-        found.samples, found.classes, out, options=options, origin=origin, progress=progress,
+        found.samples, found.classes, out, options=options, origin=origin, root=root, progress=progress,
         broken=found.broken, left_out=found.left_out,
     )  # fmt: skip
 
@@ -109,15 +110,17 @@ def write_samples(
     *,
     options: WriteOptions | None = None,
     origin: str = "",
+    root: Path | None = None,
     progress: Progress | None = None,
     broken: Sequence[tuple[str, str]] = (),
     left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> WriteReport:
     """Encode `samples` in a seeded random order; identifiers are their positions in the file.
 
-    `origin` is kept in the file's meta; `progress(done, total)` is called now and then. `broken` (path, reason) count
-    among the skipped; `left_out` is told. Raises UserError for unreadable files (unless options.skip_bad), RuntimeError
-    when an encoding process dies; either way nothing is left at `out`.
+    `origin` is kept in the file's meta, and each file's name below `root` in its rows; `progress(done, total)` is
+    called now and then. `broken` (path, reason) count among the skipped; `left_out` is told. Raises UserError for
+    unreadable files (unless options.skip_bad), RuntimeError when an encoding process dies; either way nothing is left
+    at `out`.
     """
     options = options or WriteOptions()
     start = time.monotonic()
@@ -135,7 +138,8 @@ def write_samples(
                 elif options.skip_bad or not skipped:
                     payload, height, width = result
                     label, place = samples[i].label, writer.num_samples
-                    writer.add(payload, height=height, width=width, label=label, identifier=place)
+                    name = _name(samples[i].source, root)
+                    writer.add(payload, height=height, width=width, label=label, identifier=place, name=name)
                 if progress and (done % CHUNK == 0 or done == len(order)):
                     progress(done, len(order))
         skipped.sort()
@@ -144,6 +148,13 @@ def write_samples(
         meta = make_meta("dataset", config=config, seed=options.seed)
         writer.finish(classes, meta | {"skipped": skipped, "left_out": dict(left_out)})
     return WriteReport(writer.num_samples, len(classes), skipped, dict(left_out), time.monotonic() - start)
+
+
+def _name(source: Source, root: Path | None) -> str:
+    """A file's name, below `root` where it lies there; "" for what is no file."""
+    if not isinstance(source, Path):
+        return ""
+    return str(source.relative_to(root) if root is not None and source.is_relative_to(root) else source)
 
 
 # ---------------------------------------------------------------- processes

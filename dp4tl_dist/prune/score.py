@@ -195,7 +195,7 @@ def _by_gradients(network: Surrogate, world: World, beton: Beton) -> Iterator[Ro
     batches = inference_batches(
         np.arange(beton.num_samples), batch_size=network.batch_size, num_ranks=world.num_ranks, rank=world.rank
     )
-    loader = BetonLoader(beton, device=world.device, num_workers=network.num_workers)
+    loader = BetonLoader(beton, device=world.device, num_workers=network.num_workers, tells=world.is_main)
     model = network.model.eval()
     for positions, batch in zip(batches, loader.epoch(batches, network.view), strict=True):
         yield positions, scores.full_grand(model, normalise(batch.images), batch.labels).cpu().numpy()

@@ -66,7 +66,7 @@ def shard(
     """This rank's positions in `beton` (n_of_rank,) and the stream over them."""
     everything = np.arange(beton.num_samples)
     batches = inference_batches(everything, batch_size=surrogate.batch_size, num_ranks=world.num_ranks, rank=world.rank)
-    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers)
+    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers, tells=world.is_main)
     positions = np.concatenate([everything[:0], *batches])
 
     def run() -> Iterator[tuple[Batch, Tensor, Tensor]]:
@@ -88,7 +88,7 @@ def shard_classes(
     mine = [members for members in by_class if len(members)][world.rank :: world.num_ranks]
     size = surrogate.batch_size
     batches = [members[i : i + size] for members in mine for i in range(0, len(members), size)]
-    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers)
+    loader = BetonLoader(beton, device=world.device, num_workers=surrogate.num_workers, tells=world.is_main)
     items = stream(surrogate, loader, batches)
     with progress(label, shown=world.is_main) as advance, contextlib.closing(items):
         for done, members in enumerate(mine, start=1):

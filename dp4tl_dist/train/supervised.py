@@ -163,6 +163,7 @@ def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, 
         num_workers=world.num_workers(data.num_workers),
         os_cache=data.os_cache,
         skip_bad=data.on_bad_sample == "skip",
+        tells=world.is_main,
     )
     pages = beton.pages[kept] if data.page_aware and part == "train" else None
     return beton, Split(loader, kept, pages), inputs

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dp4tl_dist.data import augment, decode
 from dp4tl_dist.data.beton import RAW, Beton, BetonWriter, open_beton
-from dp4tl_dist.data.decode import BadSampleError
+from dp4tl_dist.data.crops import BadSampleError
 from dp4tl_dist.data.loader import BetonLoader, CentreView, TrainView
 from dp4tl_dist.errors import UserError
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from dp4tl_dist.data.beton import JPEG, RAW, Beton, BetonWriter, open_beton
 from dp4tl_dist.data.beton_format import ALLOCATION, FIELD, HEADER, metadata_dtype
-from dp4tl_dist.data.decode import BadSampleError, decode_batch
+from dp4tl_dist.data.crops import BadSampleError
+from dp4tl_dist.data.decode import decode_batch
 from dp4tl_dist.data.loader import BetonLoader, CentreView, TrainView
 
 Files = dict[str, bytes]

@@ -22,7 +22,7 @@ import numpy as np
 from fuzz_readers import Files, Reader, check_nothing_ran
 from numpy.typing import NDArray
 
-from dp4tl_dist.data.decode import BadSampleError
+from dp4tl_dist.data.crops import BadSampleError
 from dp4tl_dist.errors import UserError
 
 SECONDS = 10.0
