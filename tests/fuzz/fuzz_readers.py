@@ -358,6 +358,7 @@ _ALL = (
     Reader("scores", fuzz_scores.scores_seeds, mutate_arrays, fuzz_scores.read_scores),
     Reader("clusters", fuzz_scores.clusters_seeds, mutate_arrays, fuzz_scores.read_clusters),
     Reader("losses", fuzz_scores.losses_seeds, mutate_arrays, fuzz_scores.read_losses),
+    Reader("rows", fuzz_scores.rows_seeds, mutate_arrays, fuzz_scores.read_rows),
     Reader("checkpoint", fuzz_checkpoint.seeds, fuzz_checkpoint.mutate, fuzz_checkpoint.read),
     Reader("train-config", config_seeds(TrainConfig, [TRAIN_TOML]), mutate_config, read_config(TrainConfig)),
     Reader("run-config", config_seeds(RunConfig, RUN_TOMLS), mutate_config, read_config(RunConfig)),

@@ -1,4 +1,4 @@
-"""Scores and logged losses under mutation: their seeds, and what must hold of what the readers return."""
+"""Scores, logged losses and checksums under mutation: their seeds, and what must hold of what the readers return."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.data.losses import SampleLosses, load_losses, save_losses
+from dp4tl_dist.data.rows import checksum, describe_sample, load_rows, read_names, rows_path, save_rows
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.prune.clusters_file import Clusters, load_clusters, nearest, save_clusters
@@ -79,4 +81,35 @@ def read_clusters(folder: Path) -> Iterator[None]:
     assert found.sizes.sum() == len(found.assignment) == len(found.distances) and len(found.start) == found.num_clusters
     near = nearest(found, 3)
     assert near.min() >= -1 and near.max() < len(found.assignment) and isinstance(found.meta, dict)
+    yield
+
+
+# ---------------------------------------------------------------- checksums and names
+
+
+def rows_beton(folder: Path) -> Beton:
+    """24 samples as a beton tells of them; the file itself plays no part here."""
+    ids, small = np.arange(24), np.full(24, 8, np.uint16)
+    places = (ids + 9).astype(np.uint64)
+    return Beton(
+        folder / "x.beton", 1 << 21, "ab" * 16, ("a",), np.zeros(24, np.int64), ids, small, small,
+        small.astype(np.uint8), places, places, ("image", "label", "identifier"),
+    )  # fmt: skip
+
+
+def rows_seeds(folder: Path) -> list[Files]:
+    found, crc = [], [checksum(bytes([i]), label=0, identifier=i) for i in range(24)]
+    for names in ([""] * 24, [f"ant/{i} é\udcff.jpg" for i in range(24)], ["", "a"] * 12):
+        save_rows(folder / "x.beton", crc, names, fingerprint="ab" * 16)
+        found.append({"x.npz": rows_path(folder / "x.beton").read_bytes()})
+    return found
+
+
+def read_rows(folder: Path) -> Iterator[None]:
+    beton = rows_beton(folder)
+    (folder / "x.npz").rename(rows_path(beton.path))
+    rows, names = load_rows(beton), read_names(beton)
+    assert rows is not None and rows.crc.shape == (24,) and not rows.proved.any()
+    assert names is None or (len(names) == 24 and all(describe_sample(beton, i, names) for i in range(24)))
+    rows.proves(beton, 23, b"\x17")
     yield

@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "benchmar
 SLOWER = {"report": 10}
 """Readers that are given so many times fewer cases: one reads a whole folder, and some draw a page."""
 COLUMNS = ("cases", "read", "refused", "crashes", "hangs", "other", "seconds")
-NAMES = ("beton", "votes", "subset", "scores", "clusters", "losses", "checkpoint", "train-config", "run-config",
+NAMES = ("beton", "votes", "subset", "scores", "clusters", "losses", "rows", "checkpoint", "train-config", "run-config",
          "transfer-config", "resume", "report", "record", "list", "metrics", "info")  # fmt: skip
 
 
