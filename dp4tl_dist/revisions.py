@@ -27,6 +27,7 @@ RESULTS = {
 
 FORMATS = {
     "dataset": 1,  # a beton with its sidecar
+    "rows": 1,
     "checkpoint": 1,
     "clusters": 1,
     "votes": 1,

@@ -23,6 +23,7 @@ from dp4tl_dist.data.beton_format import sidecar
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz, require_array, save_npz
 from dp4tl_dist.log import warn
+from dp4tl_dist.revisions import FORMATS
 
 if TYPE_CHECKING:
     from dp4tl_dist.data.beton import Beton
@@ -76,7 +77,7 @@ def save_rows(path: Path, crc: Sequence[int], names: Sequence[str], *, fingerpri
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
         arrays["names"] = np.frombuffer(b"".join(encoded), np.uint8)
         arrays["offsets"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    save_npz(rows_path(path), arrays, {"kind": KIND, "format": 1, "fingerprint": fingerprint})
+    save_npz(rows_path(path), arrays, {"kind": KIND, "format": FORMATS[KIND], "fingerprint": fingerprint})
 
 
 def read_rows(beton: "Beton") -> Rows | None:
