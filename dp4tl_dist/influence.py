@@ -38,6 +38,8 @@ def influence(
     if world.num_ranks > 1:
         raise UserError("influence trains each model on one rank: start several workers (--worker 0/4, ...) instead")
     source, target = open_beton(Path(config.source)), open_beton(Path(config.target))
+    for beton in (source, target):
+        beton.labels_for("influence")
     if source.num_classes < 2:
         raise UserError(f"{source.path} has one class: there is nothing to tell apart")
     estimate(all_masks(config, source), np.zeros(config.masks))  # too few masks are refused before anything is trained

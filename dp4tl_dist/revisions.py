@@ -13,7 +13,7 @@ from typing import Any
 from dp4tl_dist.errors import UserError
 
 RESULTS = {
-    "write": 1,
+    "write": 2,
     "train": 1,
     "cluster": 1,
     "vote": 1,

@@ -50,6 +50,8 @@ class Target:
 def open_target(train: Path, test: Path, *, val_share: float, seed: int) -> Target:
     """Open both betons and hold out `val_share` of every class of the training set (at least one sample of each)."""
     first, second = open_beton(train), open_beton(test)
+    for beton in (first, second):
+        beton.labels_for("transfer")
     if first.classes != second.classes:
         raise UserError(f"{test} has other classes than {train}: write both from the same class folders")
     keys = np.random.Philox(key=[seed, 0x7A]).random_raw(first.num_samples)

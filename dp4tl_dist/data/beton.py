@@ -70,6 +70,21 @@ class Beton:
         """The page that holds each sample's payload, int64 (samples,)."""
         return (self.pointers // np.uint64(self.page_size)).astype(np.int64)
 
+    def labels_for(self, what: str, kept: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """The labels (samples,), for `what`, which needs them: UserError where a sample (of those `kept`) has none."""
+        some = self.labels if kept is None else self.labels[kept]
+        if without := int((some < 0).sum()):
+            raise UserError(
+                f"{self.path}: {without} of {len(some)} samples have no label (-1), and {what} needs them: use a "
+                "labelled file; cluster, vote --clusters and task.kind moco need none"
+            )
+        return self.labels
+
+    @property
+    def num_unlabelled(self) -> int:
+        """How many samples have the label -1."""
+        return int((self.labels < 0).sum())
+
     def payload(self, index: int) -> bytes:
         """The stored bytes of one image: a JPEG file, or raw RGB rows."""
         with open(self.path, "rb") as handle:
@@ -85,8 +100,8 @@ def fingerprint(path: Path) -> str:
 def open_beton(path: Path, *, described: bool = True) -> Beton:
     """Open and validate a file of this project or of stock FFCV (an image and a label field; JPEG or raw).
 
-    Without a sidecar, or not `described` by it, classes are called "0", "1", ...; without an identifier field
-    identifiers are positions.
+    The label -1 says that a sample has none. Without a sidecar, or not `described` by it, classes are called "0", "1",
+    ...; without an identifier field identifiers are positions.
     Raises UserError for anything else, before allocating more than the file's own size.
     """
     try:
@@ -126,7 +141,7 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
 
 def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tuple[str, ...]:
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= MAX_CLASSES:
+    if low < -1 or high >= MAX_CLASSES:
         damaged(path, f"labels from {low} to {high}")
     described = sidecar(path)
     if expected is None or not described.exists():
@@ -150,7 +165,7 @@ def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tup
 def describe(beton: Beton) -> dict[str, Any]:
     """What `dp4tl info` shows of a dataset; plain JSON types."""
     sides = {"height": beton.heights, "width": beton.widths}
-    per_class = np.bincount(beton.labels, minlength=beton.num_classes)
+    per_class = np.bincount(beton.labels[beton.labels >= 0], minlength=max(1, beton.num_classes))
     described = sidecar(beton.path)
     return {
         "kind": "dataset",
@@ -158,6 +173,7 @@ def describe(beton: Beton) -> dict[str, Any]:
         "fingerprint": beton.fingerprint,
         "num_samples": beton.num_samples,
         "num_classes": beton.num_classes,
+        "num_unlabelled": beton.num_unlabelled,
         "classes": list(beton.classes),
         "samples_per_class": {"min": int(per_class.min()), "max": int(per_class.max())},
         "fields": list(beton.fields),

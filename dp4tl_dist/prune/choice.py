@@ -20,6 +20,7 @@ from dp4tl_dist.prune.votes_file import Votes, load_votes, same_members
 
 NO_GROUPS = np.zeros(0, np.int64)
 AUTO_NEEDS = "--keep auto reads the size off the votes: use it with --votes, or give a share"
+CLASSES = "a choice by classes"
 RANDOM = ("classes", "samples", "balanced")
 
 
@@ -166,7 +167,7 @@ def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
 
 def _by_class(beton: Beton, method: str, groups: NDArray[np.int64]) -> Subset:
     ratio = (beton.num_classes - len(groups)) / beton.num_classes
-    return Subset(samples_of_groups(beton.labels, groups), groups, ratio, method)
+    return Subset(samples_of_groups(beton.labels_for(CLASSES), groups), groups, ratio, method)
 
 
 def _by_influence(beton: Beton, choice: Choice, found: Influence) -> Subset:
@@ -210,14 +211,14 @@ def _by_chance(beton: Beton, choice: Choice) -> Subset:
         kept = select.random_choice(total, select.count_for_share(total, share), seed=choice.seed)
     else:
         draw = select.random_keys(total, seed=choice.seed)
-        kept = choose_samples(draw, share, rule="lowest", labels=beton.labels)
+        kept = choose_samples(draw, share, rule="lowest", labels=beton.labels_for(CLASSES))
     return Subset(kept, NO_GROUPS, (total - len(kept)) / total, "random-balanced" if balanced else "random-samples")
 
 
 def _by_scores(beton: Beton, choice: Choice, scores: Scores) -> Subset:
     share, total = choice.amount.share(beton, "--scores"), beton.num_samples
     balanced = scores.per_class if choice.balanced is None else choice.balanced
-    labels = beton.labels if balanced else None
+    labels = beton.labels_for(CLASSES) if balanced else None
     kept = choose_samples(scores.scores, share, rule=scores.keeps, labels=labels, reverse=choice.reverse)
     method = f"{scores.method}-reverse" if choice.reverse else scores.method
     return Subset(kept, NO_GROUPS, (total - len(kept)) / total, method)

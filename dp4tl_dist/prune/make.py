@@ -127,7 +127,9 @@ def _apply(chosen: Subset, val: Beton) -> Subset:
     meta = {**chosen.meta, "inputs": {**chosen.meta["inputs"], "source": val.fingerprint}}
     if len(chosen.groups) == 0 or meta["groups_are"] != "classes":
         return Subset(np.arange(val.num_samples, dtype=np.int64), NO_GROUPS, 0.0, chosen.method, meta)
-    return Subset(samples_of_groups(val.labels, chosen.groups), chosen.groups, chosen.ratio, chosen.method, meta)
+    return Subset(
+        samples_of_groups(val.labels_for("--apply-to"), chosen.groups), chosen.groups, chosen.ratio, chosen.method, meta
+    )
 
 
 def _not_empty(subset: Subset, path: Path) -> Subset:

@@ -99,6 +99,8 @@ def score(
     on_main(world, lambda: check_output(out, force=force))
     beton, betons = open_beton(source), [open_beton(path) for path in targets]
     inputs = {"source": beton.fingerprint, **{f"target{i}": item.fingerprint for i, item in enumerate(betons)}}
+    if rule.reads != "targets":
+        beton.labels_for(f"--method {method}")
     total, view = np.zeros(beton.num_samples), None
     for i, path in enumerate(surrogates):
         if rule.reads == "losses":

@@ -79,6 +79,8 @@ def vote(
     on_main(world, lambda: check_output(out, force=force))
     betons = [open_beton(path) for path in targets]
     origin = None if source is None else open_beton(source)
+    if origin is not None and method == "fm" and clusters is None:
+        origin.labels_for("--method fm without --clusters")
     network, meta = load_surrogate(
         surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world)
     )

@@ -104,7 +104,7 @@ def _selection(run: Run, target: str, method: str, cast: Votes, thumbs: Thumbs) 
     if cast.members is not None:
         sizes = np.bincount(cast.members.assignment, minlength=num_classes)
     elif source is not None:
-        sizes = np.bincount(source.labels, minlength=num_classes)
+        sizes = np.bincount(source.labels[source.labels >= 0], minlength=num_classes)
     return Selection(
         target, method, arms, cast.what, cast.classes, votes, ranking, sizes, suggest(votes[ranking]), kept,
         tuple(cuts), top_kept, top_pruned, affinities,

@@ -54,7 +54,8 @@ class Thumbs:
 
     def of(self, beton: Beton, positions: Iterable[int]) -> tuple[Thumb, ...]:
         """The images at these positions, each with its class's name."""
-        found = [self(beton, int(i), beton.classes[beton.labels[i]]) for i in positions]
+        names = (*beton.classes, "unlabelled")  # the label -1 is its place
+        found = [self(beton, int(i), names[beton.labels[i]]) for i in positions]
         return tuple(thumb for thumb in found if thumb)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dp4tl_dist.data.loader import IGNORED, CentreView
+from dp4tl_dist.data.loader import CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.models import logits_and_features, normalise
 from dp4tl_dist.train.engine import DDPEngine, averaged_buffers
@@ -44,7 +44,7 @@ def probe(
     features = torch.from_numpy(gather_rows(world, positions, mine, len(kept))).to(world.device)
     known = torch.cat([torch.zeros(0, dtype=torch.int64), *labels]).numpy()
     truth = torch.from_numpy(gather_rows(world, positions, known, len(kept))).to(world.device)
-    good = truth != IGNORED
+    good = truth >= 0  # neither IGNORED nor unlabelled
     return score(features[good], truth[good], neighbours=task.config.neighbours)
 
 

@@ -55,18 +55,24 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     check_engine(config.engine)
     check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
     train_beton, train_split, inputs = make_split(config, world, part="train")
+    without_labels = config.task.kind == "moco"
+    if not without_labels:
+        train_beton.labels_for(f"task.kind {config.task.kind}", train_split.kept)
     val_split = None
     if config.data.val:
         val_beton, val_split, val_inputs = make_split(config, world, part="val")
         inputs |= val_inputs
-        if val_beton.classes != train_beton.classes:
+        if not without_labels or (val_beton.labels[val_split.kept] >= 0).sum() < 2:
+            val_beton.labels_for("validation", val_split.kept)
+        if val_beton.classes != train_beton.classes and not (without_labels and not train_beton.num_classes):
             raise UserError(
                 f"{val_beton.path} has other classes than {train_beton.path}: write both from the same ones"
             )
     if config.data.steps_of:
         optim, inputs["steps_of"] = with_steps_of(open_beton(Path(config.data.steps_of)), optim)
+    classes = train_beton.classes or ("unlabelled",)  # a checkpoint names at least one
     torch.manual_seed(config.seed)
-    model = build_model(config.model.arch, train_beton.num_classes)
+    model = build_model(config.model.arch, len(classes))
     if config.model.init:
         folder = resolve(Path(config.model.init))
         load_into(model, folder, fresh_head=True)
@@ -79,7 +85,7 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         evaluate=probe if isinstance(task, Moco) else evaluate,
         train=train_split,
         val=val_split,
-        classes=train_beton.classes,
+        classes=classes,
         config=config.model_dump(mode="json"),
         inputs=inputs,
         seed=config.seed,
