@@ -47,6 +47,9 @@ def _bad_samples(lines: Metrics) -> Iterator[int]:
 def _skipped(run: Run, name: str, beton: Beton) -> Iterator[tuple[str, str]]:
     content = run.attempt(read_json, sidecar(beton.path)) if sidecar(beton.path).exists() else None
     meta = content.get("meta") if isinstance(content, dict) else None
+    left_out = meta.get("left_out") if isinstance(meta, dict) else None
+    if isinstance(left_out, dict) and left_out:
+        yield name, "left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     skipped = meta.get("skipped", []) if isinstance(meta, dict) else []
     if not isinstance(skipped, list) or not skipped:
         return

@@ -126,6 +126,63 @@ def test_unreadable_images_are_skipped_when_asked(tmp_path, damaged):
     ]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whatever_is_an_image_is_written_and_the_rest_counted(tmp_path, folder, workers, capsys):
+    """Through the command line: suffixes, links, clutter, pipes, a loop, and a name that leads nowhere."""
+    from dp4tl_dist.cli import main
+
+    image = Image.fromarray(picture())
+    for name in ("a.jfif", "b.jpe", "c.avif", "d.jp2", "e.tga", "F.PNG", "g.JPG"):
+        image.save(folder / "ant" / name, {"a.jfif": "JPEG", "b.jpe": "JPEG"}.get(name))
+    for name in ("none", "x.unknown"):
+        image.save(folder / "ant" / name, "PNG")
+    (folder / "ant" / "linked.png").symlink_to(folder / "zebra" / "0.png")
+    for name in ("labels.json", "notes.md", ".DS_Store", "Thumbs.db"):
+        (folder / "zebra" / name).write_text("{}")
+    (folder / "zebra" / "@eaDir").mkdir()
+    image.save(folder / "zebra" / "@eaDir" / "thumb.jpg")
+    os.mkfifo(folder / "zebra" / "pipe.png")
+    (folder / "zebra" / "up").symlink_to("..")
+    argv = ["write", "--images", str(folder), "--out", str(tmp_path / "x.beton"), "--workers", str(workers)]
+    assert main(argv) == 0
+    assert open_beton(tmp_path / "x.beton").num_samples == 15 + 7 + 2 + 1
+    told = capsys.readouterr().out.splitlines()[-1]
+    # The fixture's own clutter: README, notes.txt, .hidden and .hidden.png.
+    counts = {
+        "not images (without suffix)": 1, "not images (.txt)": 1, "not images (.json)": 1, "not images (.md)": 1,
+        "hidden": 3, "of the system (@eaDir, Thumbs.db, ...)": 2, "pipes, sockets or devices": 1,
+        "folders met before by another link": 1,
+    }  # fmt: skip
+    assert told.startswith("left out: ") and all(f"{count} {reason}" in told for reason, count in counts.items())
+    assert json.loads(sidecar(tmp_path / "x.beton").read_text())["meta"]["left_out"] == counts
+    assert main(["info", str(tmp_path / "x.beton")]) == 0
+    assert "pipes, sockets or devices: 1" in capsys.readouterr().out
+    (folder / "bée" / "broken.png").symlink_to("gone")
+    assert main([*argv, "--force"]) == 2
+    assert "1 of 26 images cannot be read, first" in (line := capsys.readouterr().err) and "a broken link" in line
+    assert main([*argv, "--force", "--skip-bad"]) == 0
+    content = json.loads(sidecar(tmp_path / "x.beton").read_text())
+    assert content["meta"]["skipped"] == [[str(folder / "bée" / "broken.png"), "a broken link"]]
+    (folder / "cat").symlink_to("gone")
+    assert main([*argv, "--force", "--skip-bad"]) == 2
+    assert "cat is a broken link: mend it or remove it" in capsys.readouterr().err
+
+
+def test_names_of_any_bytes_are_written_and_told(tmp_path, folder, capsys):
+    from dp4tl_dist.cli import main
+
+    place = os.fsencode(folder) + b"/caf\xe9"
+    os.mkdir(place)  # noqa: PTH102 (a path of bytes)
+    (folder / "ant" / "0.png").rename(os.fsdecode(place + b"/\xff.png"))
+    with open(place + b"/\xfe.png", "wb"):
+        pass
+    argv = ["write", "--images", str(folder), "--out", str(tmp_path / "x.beton")]
+    assert main(argv) == 2 and main([*argv, "--skip-bad"]) == 0
+    assert os.fsencode(open_beton(tmp_path / "x.beton").classes[2]) == b"caf\xe9"
+    assert main(["info", str(tmp_path / "x.beton")]) == 0
+    assert json.loads(sidecar(tmp_path / "x.beton").read_text())["meta"]["skipped"][0][0].endswith("\udcfe.png")
+
+
 def test_a_folder_of_nothing_readable_is_an_error_also_when_skipping(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.png").write_bytes(b"")
