@@ -30,8 +30,8 @@ from dp4tl_dist.prune.select import count_for_share, random_choice
 
 SCRIPT = Path(__file__).with_name("loader_peers.py")
 NOTES = {
-    "dp4tl": "decodes at 1/2, 1/4 or 1/8 where the crop is that much larger than the output",
-    "ffcv": "decodes every image whole",
+    "dp4tl": "decodes at 1/2, 1/4 or 1/8 where the crop is twice that much larger; resizes with antialiasing",
+    "ffcv": "decodes every image whole; resizes by INTER_AREA, which repeats pixels when it enlarges",
     "torchvision": "worker processes instead of threads; resizes with antialiasing",
     "dali": "decodes only the crop, on the CPU",
     "streaming": "its shards, then the same as torchvision",

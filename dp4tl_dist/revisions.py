@@ -14,14 +14,14 @@ from dp4tl_dist.errors import UserError
 
 RESULTS = {
     "write": 2,
-    "train": 1,
-    "cluster": 1,
-    "vote": 1,
-    "score": 1,
+    "train": 2,
+    "cluster": 2,
+    "vote": 2,
+    "score": 2,
     "prune": 1,
     "compact": 1,
-    "transfer": 1,
-    "influence": 1,
+    "transfer": 2,
+    "influence": 2,
 }
 """The number of each verb's results."""
 
