@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from dp4tl_dist.config_file import (
     MAX_TOML_BYTES,
@@ -19,11 +19,12 @@ from dp4tl_dist.config_file import (
     read_toml,
     validate,
 )
+from dp4tl_dist.optim_config import OptimConfig
 
 __all__ = [
     "MAX_TOML_BYTES", "PRESETS", "AdversarialConfig", "CheckpointConfig", "Count", "DataConfig", "EngineConfig",
     "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table",
-    "TaskConfig", "TrainConfig", "apply_overrides", "find_config", "load_config", "read_toml", "validate",
+    "TaskConfig", "TrainConfig", "Training", "apply_overrides", "find_config", "load_config", "read_toml", "validate",
 ]  # fmt: skip
 
 
@@ -113,51 +114,13 @@ class TaskConfig(Table):
     moco: MocoConfig = MocoConfig()
 
 
-class OptimConfig(Table):
-    """How the weights move."""
+def _suited(train: OptimConfig, info: ValidationInfo) -> OptimConfig:
+    model = info.data.get("model")
+    return train.suited(model.arch) if isinstance(model, ModelConfig) else train
 
-    epochs: Count = 16
-    """Passes over the samples; with `steps`, the unit that schedule and ramp count in."""
-    steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps in all, however many passes they make; schedule and ramp stretch to fit. 0: `epochs` decide."""
-    batch_size: Count = 1024
-    """The *global* batch: the sum over all ranks."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NotNegative = 5e-5
-    schedule: Literal["triangular", "cosine", "constant"] = "triangular"
-    peak_epoch: NotNegative = 2.0
-    """Epochs of linear warm-up before the peak (triangular and cosine)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    accumulate: Count = 1
-    """Micro-batches that one optimizer step sums over. The global batch counts them all."""
-    clip_norm: NotNegative = 0.0
-    """Largest gradient norm; 0 does not clip."""
-    resolution: Count = 192
-    """Side of the training crops in pixels, at the end of the ramp."""
-    start_resolution: Annotated[int, Field(ge=0)] = 0
-    """Side before the ramp; 0 means no ramp."""
-    ramp_start: NotNegative = 0.0
-    """Epoch at which the resolution starts to grow."""
-    ramp_end: NotNegative = 0.0
-    """Epoch from which the resolution is full."""
-    resolution_step: Count = 32
-    """Resolutions are multiples of this."""
-    val_resolution: Count = 256
-    """Side of the centre crop for validation and voting."""
-    val_ratio: Share = 224 / 256
-    """Side of the centre crop as a share of the image's shorter side."""
-    val_every: Count = 1
-    """Validate after every so many epochs, and after the last."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "OptimConfig":
-        if self.peak_epoch > self.epochs:
-            raise ValueError(f"peak_epoch {self.peak_epoch} is past the last epoch {self.epochs}")
-        if self.start_resolution and self.ramp_end < self.ramp_start:
-            raise ValueError(f"ramp_end {self.ramp_end} is before ramp_start {self.ramp_start}")
-        return self
+Training = Annotated[OptimConfig, AfterValidator(_suited), Field(validate_default=True)]
+"""How the weights of the table's `model`, a field before this one, move."""
 
 
 class EngineConfig(Table):
@@ -216,7 +179,7 @@ class TrainConfig(Table):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
-    train: OptimConfig = OptimConfig()
+    train: Training = OptimConfig()
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -96,9 +96,11 @@ def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Mod
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # What would follow from a wrong value is not a fault of its own.
+        errors = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+        first = errors[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole config"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         if first["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(model, first["loc"][:-1]))
             raise UserError(f"{source}: unknown key {where!r}{more}: known here are {known}") from error

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dp4tl_dist.config import EngineConfig, ModelConfig, OptimConfig, Share, Table
+from dp4tl_dist.config import EngineConfig, ModelConfig, OptimConfig, Share, Table, Training
 
 Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
@@ -15,7 +15,7 @@ class SmallModels(Table):
     masks: Annotated[int, Field(ge=4)] = 200
     """How many models. More may be added later; the first ones stay."""
     model: ModelConfig = ModelConfig()
-    train: OptimConfig = OptimConfig()
+    train: Training = OptimConfig()
     min_scale: Share = 0.08
     num_workers: Annotated[int, Field(ge=0)] = 0
     val_share: Share = 0.5

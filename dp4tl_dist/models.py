@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.sides import FIXED_RESOLUTION
 
 # ImageNet's channel statistics, in units of 8-bit pixel values.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -56,7 +57,6 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}": _torchvision(f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
     "vit_b_16": _torchvision("vit_b_16"),
 }
-FIXED_RESOLUTION = {"vit_b_16": 224}
 
 
 def check_arch(arch: str, resolutions: tuple[int, ...] = ()) -> None:

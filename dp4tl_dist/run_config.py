@@ -18,6 +18,7 @@ from dp4tl_dist.config import (
     Share,
     Table,
     TaskConfig,
+    Training,
 )
 from dp4tl_dist.influence_config import SmallModels
 from dp4tl_dist.slurm_config import SlurmConfig
@@ -75,7 +76,7 @@ class StageTrain(Table):
 
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
-    train: OptimConfig = OptimConfig()
+    train: Training = OptimConfig()
     min_scale: Share = 0.08
     flip: bool = True
     page_aware: bool = False

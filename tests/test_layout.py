@@ -17,7 +17,8 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "config", "config_file", "files", "__init__", "machine", "siblings", "nodes", "version", "revisions"),
+    ("errors", "sides", "config_file", "optim_config", "config"),
+    ("files", "__init__", "machine", "siblings", "nodes", "version", "revisions"),
     ("world",),
     ("log", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),

@@ -1,0 +1,77 @@
+"""The table `train` of a training config: how the weights move, and at which sides images are seen meanwhile."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dp4tl_dist.config_file import Count, NotNegative, Positive, Share, Table
+from dp4tl_dist.sides import FIXED_RESOLUTION, start_side, takes_one_side, val_side
+
+
+class OptimConfig(Table):
+    """How the weights move."""
+
+    epochs: Count = 16
+    """Passes over the samples; with `steps`, the unit that schedule and ramp count in."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in all, however many passes they make; schedule and ramp stretch to fit. 0: `epochs` decide."""
+    batch_size: Count = 1024
+    """The *global* batch: the sum over all ranks."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 5e-5
+    schedule: Literal["triangular", "cosine", "constant"] = "triangular"
+    peak_epoch: NotNegative = Field(default_factory=lambda data: min(2.0, data["epochs"] / 8))
+    """Epochs of linear warm-up before the peak (triangular and cosine). Unset: an eighth of `epochs`, at most 2."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    accumulate: Count = 1
+    """Micro-batches that one optimizer step sums over. The global batch counts them all."""
+    clip_norm: NotNegative = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    resolution: Count = 192
+    """Side of the training crops in pixels, at the end of the ramp."""
+    resolution_step: Count = 32
+    """Resolutions within a ramp are multiples of this."""
+    ramp: bool = False
+    """Train on smaller crops first. The published ramp, which the next three keys change: from 5/6 of `resolution`
+    (160 px for 192), between 11/16 and 13/16 of the epochs."""
+    start_resolution: Annotated[int, Field(ge=0)] = Field(
+        default_factory=lambda data: start_side(data["resolution"], data["resolution_step"]) if data["ramp"] else 0
+    )
+    """Side before the ramp; 0 means no ramp."""
+    ramp_start: NotNegative = Field(default_factory=lambda data: _ramped(data) * data["epochs"] * 11 / 16)
+    """Epoch at which the resolution starts to grow."""
+    ramp_end: NotNegative = Field(default_factory=lambda data: _ramped(data) * data["epochs"] * 13 / 16)
+    """Epoch from which the resolution is full."""
+    val_resolution: Count = Field(default_factory=lambda data: val_side(data["resolution"]))
+    """Side of the centre crop for validation and voting. Unset it follows from `resolution` (256 for 192, 32
+    for 32; `dp4tl_dist.sides` has the rule)."""
+    val_ratio: Share = 224 / 256
+    """Side of the centre crop as a share of the image's shorter side."""
+    val_every: Count = 1
+    """Validate after every so many epochs, and after the last."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimConfig":
+        if self.peak_epoch > self.epochs:
+            raise ValueError(f"peak_epoch {self.peak_epoch} is past the last epoch {self.epochs}")
+        if self.start_resolution and self.ramp_end < self.ramp_start:
+            raise ValueError(f"ramp_end {self.ramp_end} is before ramp_start {self.ramp_start}")
+        if self.start_resolution and self.ramp_end > self.epochs:
+            raise ValueError(f"ramp_end {self.ramp_end} is past the last epoch {self.epochs}")
+        if 0 < self.resolution < self.start_resolution:
+            raise ValueError(f"start_resolution {self.start_resolution} is above resolution {self.resolution}")
+        return self
+
+    def suited(self, arch: str) -> "OptimConfig":
+        """These settings for a network: what is not set of the resolutions follows from the only one that it takes."""
+        if not takes_one_side(arch):
+            return self
+        side = self.resolution if "resolution" in self.model_fields_set else FIXED_RESOLUTION.get(arch, self.resolution)
+        sides = {"resolution": side, "start_resolution": 0, "val_resolution": side}
+        return self.model_copy(update={key: sides[key] for key in sides.keys() - self.model_fields_set})
+
+
+def _ramped(data: dict[str, int]) -> bool:
+    return data["start_resolution"] > 0
