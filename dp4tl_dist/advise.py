@@ -20,6 +20,7 @@ from dp4tl_dist.prune.choice import join_votes
 from dp4tl_dist.prune.influence import Influence, agreement, rank_influence
 from dp4tl_dist.prune.votes_file import Votes, load_votes
 from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.sides import trained_at
 from dp4tl_dist.train.cost import FORWARD, Speed, train_seconds
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -152,15 +153,14 @@ def read_surrogate(path: Path) -> Surrogate:
     found = sorted((path / "checkpoints").glob("step_*/meta.json"))[-1:] or [path / "meta.json"]
     try:
         meta = read_json(found[0])
-        train = meta["config"]["train"]
+        network = trained_at(meta, found[0].parent)
         seconds, seen = float(meta["seconds"]), float(meta["samples_seen"])
-        sides = int(train["resolution"]), int(train["val_resolution"])
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"no usable {error} in {found[0]}"
         raise UserError(f"--surrogate {path}: {reason}: name the checkpoint or run folder that voted") from error
-    if not (0 < seconds < math.inf and 0 < seen < math.inf and min(sides) > 0):
+    if not (0 < seconds < math.inf and 0 < seen < math.inf):
         raise UserError(f"--surrogate {path} was trained for {seconds} s on {seen} images: name the one that voted")
-    return Surrogate(seconds, seen / seconds, *sides)
+    return Surrogate(seconds, seen / seconds, network.resolution, network.val_resolution)
 
 
 def surrogates_of(cast: Sequence[Votes]) -> list[Path]:

@@ -124,11 +124,11 @@ def _probe(config: InfluenceConfig, work: Path, world: World) -> dict[str, Any]:
 
     content: dict[str, Any] = {"seed": config.seed, "val_share": config.val_share, "cached": True, "train": config.lp}
     probe = TransferConfig.model_validate(recipe("lp", {**content, "engine": config.engine.model_dump(mode="json")}))
-    target = Path(config.target)
-    # A choice must not know the test set. The file is there twice, and what counts is the part held out of training.
+    # A choice must not know the test set: what counts is the part held out of training.
     return transfer(
-        probe, checkpoint_path=work / "model", train=target, test=target, out=work / "lp.json", world=world, force=True
-    )
+        probe, checkpoint_path=work / "model", train=Path(config.target), test=None, out=work / "lp.json", world=world,
+        force=True,
+    )  # fmt: skip
 
 
 def conclude(store: Path, config: InfluenceConfig, source: Beton, out: Path) -> bool:

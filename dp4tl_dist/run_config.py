@@ -1,7 +1,8 @@
 """The config of a whole run: what `dp4tl run` and the cluster launcher carry out."""
 
+import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +19,9 @@ from dp4tl_dist.config import (
     Share,
     Table,
     TaskConfig,
+    TrainConfig,
     Training,
+    load_config,
 )
 from dp4tl_dist.influence_config import SmallModels
 from dp4tl_dist.slurm_config import SlurmConfig
@@ -47,6 +50,12 @@ class TargetConfig(Table):
     weight: Positive = 1.0
     """What its votes count in a joint arm."""
 
+    @model_validator(mode="after")
+    def _apart(self) -> "TargetConfig":
+        if os.path.realpath(self.train) == os.path.realpath(self.test):
+            raise ValueError(f"train and test are the same, {self.train}: a test on what was trained on tells nothing")
+        return self
+
 
 class WriteConfig(Table):
     """How image folders become betons."""
@@ -74,6 +83,8 @@ class ClusterStage(Table):
 class StageTrain(Table):
     """What a training stage sets; the data come from the graph."""
 
+    preset: str = ""
+    """A preset or a training config that this table's other keys change. Read when the config is; then it is empty."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     train: Training = OptimConfig()
@@ -82,9 +93,33 @@ class StageTrain(Table):
     page_aware: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, content: Any) -> Any:
+        name = content.get("preset") if isinstance(content, dict) else None
+        return on_preset(name, content, cls) if isinstance(name, str) and name else content
+
+
+def on_preset(name: str, content: dict[str, Any], table: type[Table]) -> dict[str, Any]:
+    """`content` of a training stage on top of the training config called `name`."""
+    base = load_config(TrainConfig, name).model_dump(mode="json", exclude_unset=True)
+    base |= {key: value for key, value in base.pop("data", {}).items() if key in table.model_fields}
+    if foreign := sorted(base.keys() - table.model_fields.keys()):
+        raise ValueError(
+            f"the preset {name} sets {foreign[0]!r}, which is the whole run's: set it there, without preset"
+        )
+    return {**merged(base, content), "preset": ""}
+
+
+def merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `content`, table by table."""
+    both = {key: merged(base[key], value) for key, value in content.items()
+            if isinstance(value, dict) and isinstance(base.get(key), dict)}  # fmt: skip
+    return {**base, **content, **both}
+
 
 class TransferStage(Table):
-    """How arms are judged. `lp` and `ff` override the published recipes' `train` keys."""
+    """How arms are judged. `lp` and `ff` override the published recipes' `train` keys; `ff` also min_scale and flip."""
 
     modes: tuple[Literal["lp", "ff"], ...] = ("lp",)
     cached: bool = False

@@ -7,7 +7,7 @@ from dp4tl_dist.config import OptimConfig
 from dp4tl_dist.data.losses import NAME as LOSSES
 from dp4tl_dist.data.rows import beside
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.recipes import RECIPES
+from dp4tl_dist.recipes import CROPS, Mode, recipe
 from dp4tl_dist.run_config import SYNTHETIC, RunConfig, StageTrain, parse_arm
 from dp4tl_dist.stage import Stage, Trial
 
@@ -121,25 +121,26 @@ class Graph:
         }
         self.trials.append(Trial(arm, target, seed, subset, selection, name, transfers))
 
-    def _transfer(self, mode: str, trial: str, run: Path, target: str, seed: int) -> str:
+    def _transfer(self, mode: Mode, trial: str, run: Path, target: str, seed: int) -> str:
         table, (train, test) = self.config.transfer, self.targets[target]
         name = f"transfer-{mode}-{trial}"
         output = self.out / "transfer" / f"{mode}-{trial}.json"
         overrides = getattr(table, mode)
-        unknown = sorted(overrides.keys() - OptimConfig.model_fields.keys())
+        known = [*OptimConfig.model_fields, *(CROPS if mode == "ff" else ())]
+        unknown = sorted(overrides.keys() - set(known))
         if unknown:
-            raise UserError(
-                f"unknown key 'transfer.{mode}.{unknown[0]}': known are {', '.join(sorted(OptimConfig.model_fields))}"
-            )
-        config = {
+            raise UserError(f"unknown key 'transfer.{mode}.{unknown[0]}': known are {', '.join(sorted(known))}")
+        content = {
             "seed": seed,
             "val_share": table.val_share,
             "cached": table.cached and mode == "lp",
             "robust": table.robust,
-            "train": {**RECIPES[mode], **overrides},
+            **{key: overrides[key] for key in CROPS if key in overrides},
+            "train": {key: value for key, value in overrides.items() if key not in CROPS},
             # A target is small: nothing of its training needs to be divided among the ranks.
             "engine": {**self.config.engine.model_dump(mode="json"), "kind": "ddp"},
         }
+        config = recipe(mode, content)
         argv = ("transfer", "--config", str(self.config_path(name)), "--checkpoint", str(run), "--train", str(train),
                 "--test", str(test), "--mode", mode, "--out", str(output))  # fmt: skip
         self.add(Stage(name, argv, (run, train, test), output, distributed=True, config=config))

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dp4tl_dist.config import CheckpointConfig, DataConfig
-from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.data.beton import Beton, check_apart, open_beton
 from dp4tl_dist.data.loader import BetonLoader, CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, make_meta, write_json
-from dp4tl_dist.log import say
-from dp4tl_dist.models import build_model, head_name, normalise, replace_head
+from dp4tl_dist.log import say, warn
+from dp4tl_dist.models import build_model, check_arch, head_name, normalise, replace_head
 from dp4tl_dist.recipes import TransferConfig
+from dp4tl_dist.sides import trained_at
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.adversarial import robust_attack
 from dp4tl_dist.train.engine import check_engine
@@ -42,18 +43,20 @@ class Target:
     """A target's betons and how its training set is divided."""
 
     train: Beton
-    test: Beton
+    test: Beton | None
     fit: NDArray[np.int64]
     val: NDArray[np.int64]
 
 
-def open_target(train: Path, test: Path, *, val_share: float, seed: int) -> Target:
+def open_target(train: Path, test: Path | None, *, val_share: float, seed: int) -> Target:
     """Open both betons and hold out `val_share` of every class of the training set (at least one sample of each)."""
-    first, second = open_beton(train), open_beton(test)
-    for beton in (first, second):
-        beton.labels_for("transfer")
-    if first.classes != second.classes:
-        raise UserError(f"{test} has other classes than {train}: write both from the same class folders")
+    first, second = open_beton(train), None if test is None else open_beton(test)
+    first.labels_for("transfer")
+    if second is not None:
+        second.labels_for("transfer")
+        if first.classes != second.classes:
+            raise UserError(f"{test} has other classes than {train}: write both from the same class folders")
+        check_apart(first, second)
     keys = np.random.Philox(key=[seed, 0x7A]).random_raw(first.num_samples)
     held = []
     for label in range(first.num_classes):
@@ -71,30 +74,34 @@ def transfer(
     *,
     checkpoint_path: Path,
     train: Path,
-    test: Path,
+    test: Path | None,
     out: Path,
     world: World,
     force: bool = False,
 ) -> dict[str, Any]:
     """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it.
 
-    One that was cut off is continued; `force` starts afresh. All ranks call it.
+    One that was cut off is continued; `force` starts afresh. Without `test` what was held out of `train` is all that
+    judges, and the result has no accuracy but `val_top1`. All ranks call it.
     """
     started = time.monotonic()
     check_engine(config.engine)
     target = open_target(train, test, val_share=config.val_share, seed=config.seed)
     folder = checkpoint.resolve(checkpoint_path)
     meta = checkpoint.read_meta(folder)
-    inputs = {
-        "checkpoint": digest_file(folder / "meta.json"),
-        "train": target.train.fingerprint,
-        "test": target.test.fingerprint,
-    }
+    network = trained_at(meta, folder)
+    config = config.suited(network)
+    check_arch(network.arch, (config.train.resolution, config.train.val_resolution))
+    inputs = {"checkpoint": digest_file(folder / "meta.json"), "train": target.train.fingerprint}
+    if target.test is not None:
+        inputs["test"] = target.test.fingerprint
     torch.manual_seed(config.seed)
     run = out.with_name(out.name + ".run")
-    module, before = build_module(meta["config"]["model"]["arch"], folder, target.train.num_classes, config)
+    module, before = build_module(network.arch, folder, target.train.num_classes, config)
     job, test_split = make_job(config, module, target, inputs, run, world)
     job.check(world.num_ranks)
+    for text in config.misfits(network) if world.is_main else ():
+        warn(f"{job.label}: {text}")
     with contextlib.ExitStack() as held:
         on_main(world, lambda: held.enter_context(claimed(run, force=force)))
         fit = Fit(job, world)
@@ -104,21 +111,31 @@ def transfer(
     about = checkpoint.read_meta(chosen)  # read before all ranks meet in `evaluate`: rank 0 deletes it afterwards
     if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
         raise RuntimeError("the linear probe changed its backbone: this is a defect of the tool, please report it")
-    view = CentreView(config.train.val_resolution, config.train.val_ratio)
-    task: Task = job.task
-    if config.robust:
-        # Attacks reach through the whole network, and so ask for pixels also where the probe had features.
-        task = Supervised(module)
-        task.robust = robust_attack(config.eps)
-        test_split = Split(make_loader(target.test, config, world), test_split.kept)
-    score = evaluate(task, fit.engine, world, test_split, view)
+    score = None if test_split is None else judge(config, module, fit, target, test_split)
     result = summary(config, score, about, target, inputs)
     result["seconds"] = round(time.monotonic() - started, 3)
     if world.is_main:
         write_json(out, result)
         shutil.rmtree(run / "checkpoints")
-        say(f"{out.name}: test top-1 {score} (epoch {result['epoch']} of {config.train.epochs})")
+        said = f"held-out top-1 {100 * result['val_top1']:.2f} %" if score is None else f"test top-1 {score}"
+        say(f"{out.name}: {said} (epoch {result['epoch']} of {config.train.epochs})")
     return result
+
+
+def judge(config: TransferConfig, module: nn.Module, fit: Fit, target: Target, split: Split) -> Score:
+    """Read the test set, once."""
+    task: Task = fit.job.task
+    if config.robust and target.test is not None:
+        # Attacks reach through the whole network, and so ask for pixels also where the probe had features.
+        task = Supervised(module)
+        task.robust = robust_attack(config.eps)
+        split = Split(make_loader(target.test, config, fit.world), split.kept)
+    return evaluate(task, fit.engine, fit.world, split, centre(config))
+
+
+def centre(config: TransferConfig) -> CentreView:
+    """How images are seen that choose the epoch and test, and by a linear probe those that train it."""
+    return CentreView(config.train.val_resolution, config.train.val_ratio)
 
 
 def build_module(arch: str, folder: Path, num_classes: int, config: TransferConfig) -> tuple[nn.Module, str]:
@@ -142,10 +159,12 @@ def build_module(arch: str, folder: Path, num_classes: int, config: TransferConf
 
 def make_job(
     config: TransferConfig, module: nn.Module, target: Target, inputs: dict[str, str], run: Path, world: World
-) -> tuple[Job, Split]:
+) -> tuple[Job, Split | None]:
     """The training job on the target, and the test split. With `cached`, features are the data."""
-    loader = make_loader(target.train, config, world)
-    test = Split(make_loader(target.test, config, world), np.arange(target.test.num_samples))
+    loader, view = make_loader(target.train, config, world), centre(config)
+    test = None
+    if target.test is not None:
+        test = Split(make_loader(target.test, config, world), np.arange(target.test.num_samples))
     job = Job(
         out=run,
         task=Supervised(module, label_smoothing=config.train.label_smoothing),
@@ -156,7 +175,8 @@ def make_job(
         inputs=inputs,
         seed=config.seed,
         optim=config.train,
-        data=DataConfig(),
+        data=DataConfig(min_scale=config.min_scale, flip=config.flip),
+        views=(lambda side, epoch: view) if config.recipe == "lp" else None,
         engine=config.engine,
         log=config.log,
         checkpoint=CheckpointConfig(epoch_end_s=30),  # epochs can take milliseconds, and a checkpoint cannot
@@ -165,14 +185,14 @@ def make_job(
     if not config.cached:
         return job, test
     assert isinstance(module, LinearProbe)
-    view = CentreView(config.train.val_resolution, config.train.val_ratio)
     everything = Split(loader, np.arange(target.train.num_samples))
     features = cache_features(module, everything, target.train, view, world)
-    tested = cache_features(module, test, target.test, view, world)
+    if test is not None and target.test is not None:
+        test = Split(cache_features(module, test, target.test, view, world), test.kept)
     # From here on nothing but the head is computed: drop the rest, so that a step costs microseconds.
     head_only = Supervised(module.head, label_smoothing=config.train.label_smoothing)
     job = replace(job, task=head_only, train=Split(features, target.fit), val=Split(features, target.val))
-    return job, Split(tested, test.kept)
+    return job, test
 
 
 def make_loader(beton: Beton, config: TransferConfig, world: World) -> BetonLoader:
@@ -202,17 +222,17 @@ def backbone_digest(backbone: nn.Module) -> str:
 
 
 def summary(
-    config: TransferConfig, score: Score, chosen: dict[str, Any], target: Target, inputs: dict[str, str]
+    config: TransferConfig, score: Score | None, chosen: dict[str, Any], target: Target, inputs: dict[str, str]
 ) -> dict[str, Any]:
     """The content of the result file."""
     return {
         **make_meta("transfer", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs),
         "mode": "lp" if config.recipe == "lp" else "ff",
         "cached": config.cached,
-        **score.values(),
+        **({} if score is None else score.values()),
         "val_top1": chosen["val"]["top1"],
         "epoch": chosen["epoch"],
         "num_train": len(target.fit),
         "num_val": len(target.val),
-        "num_test": score.num_samples,
+        "num_test": 0 if score is None else score.num_samples,
     }

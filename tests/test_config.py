@@ -12,6 +12,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.models import check_arch
 from dp4tl_dist.recipes import RECIPES, TransferConfig, recipe
 from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.sides import TrainedAt
 
 
 def refused(model: Any, content: dict[str, Any]) -> str:
@@ -212,7 +213,8 @@ def test_every_preset_loads() -> None:
 
 
 def test_transfer_recipes_are_as_published() -> None:
-    common = {"batch_size": 128, "schedule": "cosine", "peak_epoch": 0, "resolution": 224, "val_resolution": 224}
+    common = {"batch_size": 128, "schedule": "cosine", "peak_epoch": 0, "resolution": 224, "val_resolution": 224,
+              "val_ratio": 224 / 256}  # fmt: skip
     table = {
         "lp": {**common, "epochs": 50, "optimizer": "adam", "lr": 0.01, "weight_decay": 0},
         "ff": {**common, "epochs": 200, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0},
@@ -222,6 +224,7 @@ def test_transfer_recipes_are_as_published() -> None:
     for name, published in table.items():
         mode = "lp" if name == "lp" else "ff"
         config = validate(TransferConfig, recipe(mode, {"recipe": name}), source="x")  # type: ignore[arg-type]
+        config = config.suited(TrainedAt("resnet101", 192, 256, 224 / 256))
         assert {key: getattr(config.train, key) for key in published} == published
         assert config.recipe == name
 

@@ -24,6 +24,7 @@ from dp4tl_dist.files import make_meta
 from dp4tl_dist.log import read_jsonl
 from dp4tl_dist.models import build_model, normalise
 from dp4tl_dist.recipes import TransferConfig, recipe
+from dp4tl_dist.sides import TrainedAt
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train.evaluate import Split
 from dp4tl_dist.train.loop import Fit
@@ -31,7 +32,8 @@ from dp4tl_dist.transfer import LinearProbe, Target, build_module, cache_feature
 from dp4tl_dist.world import World
 
 SOURCE_CLASSES, CLASSES, PER_CLASS = 7, 4, 15
-TRAIN = {"epochs": 4, "batch_size": 8, "resolution": 16, "val_resolution": 16}
+TRAIN = {"epochs": 4, "batch_size": 8}
+SEEN = {"resolution": 16, "val_resolution": 16, "val_ratio": 224 / 256}
 VIEW = CentreView(16, 224 / 256)
 Content = dict[str, Any]
 
@@ -43,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         make_beton(root / f"{split}.beton", kind="target", split=split, num_classes=CLASSES, per_class=PER_CLASS)
     torch.manual_seed(5)
-    meta = make_meta("checkpoint", config={"model": {"arch": "resnet_tiny"}})
+    meta = make_meta("checkpoint", config={"model": {"arch": "resnet_tiny"}, "train": SEEN})
     meta |= {"classes": [str(i) for i in range(SOURCE_CLASSES)]}
     weights = build_model("resnet_tiny", SOURCE_CLASSES).state_dict()
     checkpoint.save(root / "source", weights=weights, state={}, meta=meta)
@@ -95,9 +97,9 @@ def test_a_lone_sample_of_a_class_is_trained_on(tmp_path: Path) -> None:
         path = make_beton(tmp_path / f"{per_class}.beton", kind="target", num_classes=3, per_class=per_class)
         if per_class == 1:
             with pytest.raises(UserError, match="no class with two samples"):
-                open_target(path, path, val_share=0.5, seed=0)
+                open_target(path, None, val_share=0.5, seed=0)
         else:
-            target = open_target(path, path, val_share=0.1, seed=0)
+            target = open_target(path, None, val_share=0.1, seed=0)
             assert len(target.fit) == len(target.val) == 3
 
 
@@ -111,7 +113,7 @@ def test_train_and_test_with_other_classes(root: Path, tmp_path: Path) -> None:
 
 
 def job_of(root: Path, out: Path, mode: str, content: Content | None = None) -> tuple[Any, Any, Target, Split]:
-    config = config_of(mode, content)
+    config = config_of(mode, content).suited(TrainedAt("resnet_tiny", **SEEN))
     target = open_target(root / "train.beton", root / "test.beton", val_share=config.val_share, seed=config.seed)
     torch.manual_seed(0)
     net, _ = build_module("resnet_tiny", root / "source", CLASSES, config)
@@ -220,7 +222,8 @@ def test_the_test_set_is_read_once_and_the_epoch_chosen_without_it(
     assert tests == {("test", "CentreView", i): 1 for i in range(CLASSES * PER_CLASS)}
     target = open_target(root / "train.beton", root / "test.beton", val_share=0.1, seed=0)
     trained = {i for name, view, i in read if name == "train" and view == "TrainView"}
-    assert trained == (set() if cached else set(target.fit.tolist()))
+    # A probe sees the centre of its images, and so do those that choose the epoch.
+    assert trained == (set(target.fit.tolist()) if mode == "ff" else set())
     assert json.loads((tmp_path / "r.json").read_text()) == result
     lines = [line for line in read_jsonl(tmp_path / "r.json.run" / "metrics.jsonl") if line["kind"] == "epoch"]
     scores = [line["val_top1"] for line in lines]

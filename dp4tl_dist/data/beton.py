@@ -139,6 +139,15 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
     )
 
 
+def check_apart(train: Beton, test: Beton) -> None:
+    """Refuse a test set that is the training set, or a copy of it."""
+    if train.fingerprint == test.fingerprint:
+        raise UserError(
+            f"{test.path} holds the samples of {train.path}: a test on what was trained on tells nothing; pass the "
+            "target's own test set"
+        )
+
+
 def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tuple[str, ...]:
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= MAX_CLASSES:

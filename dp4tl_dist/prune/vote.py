@@ -15,6 +15,7 @@ from dp4tl_dist.files import check_fingerprint, check_output, digest_file, make_
 from dp4tl_dist.prune.clusters_file import Clusters, load_clusters, nearest
 from dp4tl_dist.prune.select import combine, count_for_coverage, rank_groups
 from dp4tl_dist.prune.votes_file import Members, Votes, save_votes
+from dp4tl_dist.sides import misfit, trained_at
 from dp4tl_dist.world import World, on_main
 
 if TYPE_CHECKING:
@@ -131,19 +132,20 @@ def load_surrogate(
     import torch
 
     from dp4tl_dist.data.loader import CentreView
+    from dp4tl_dist.log import warn
     from dp4tl_dist.models import check_arch
     from dp4tl_dist.prune.surrogate import Surrogate
     from dp4tl_dist.train.checkpoint import load_model
 
     model, meta = load_model(path)
-    try:
-        train = meta["config"]["train"]
-        view = CentreView(resolution or int(train["val_resolution"]), float(train["val_ratio"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} lacks {error} in its meta: is it one of `dp4tl train`?") from error
+    network = trained_at(meta, path)
+    view = CentreView(network.val_resolution if resolution is None else resolution, network.val_ratio)
     if view.resolution < 1:
         raise UserError(f"--resolution {view.resolution} must be a positive number of pixels")
-    check_arch(meta["config"]["model"]["arch"], (view.resolution,))
+    check_arch(network.arch, (view.resolution,))
+    what = "the validation resolution" if resolution is None else "--resolution"
+    if world.is_main and (wrong := misfit(what, view.resolution, network.resolution)):
+        warn(f"{path}: {wrong}")
     model.to(world.device)
     if world.device != "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

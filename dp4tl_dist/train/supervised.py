@@ -15,10 +15,12 @@ from dp4tl_dist.config import OptimConfig, TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.losses import NAME
-from dp4tl_dist.data.subset import load_subset
+from dp4tl_dist.data.subset import load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, folder_lock
+from dp4tl_dist.log import say, warn
 from dp4tl_dist.models import build_model, check_arch
+from dp4tl_dist.sides import misfit
 from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.checkpoint import load_into, resolve
 from dp4tl_dist.train.engine import check_engine
@@ -68,6 +70,12 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
             raise UserError(
                 f"{val_beton.path} has other classes than {train_beton.path}: write both from the same ones"
             )
+        if not config.data.val_subset:
+            val_split = of_trained_classes(config, train_beton, train_split, val_beton, val_split, world)
+        if val_beton.fingerprint == train_beton.fingerprint and world.is_main:
+            warn(f"{out.name}: data.val holds the samples of data.train: its accuracy says nothing of other images")
+    if world.is_main and (wrong := misfit("train.val_resolution", optim.val_resolution, optim.resolution)):
+        warn(f"{out.name}: {wrong}")
     if config.data.steps_of:
         optim, inputs["steps_of"] = with_steps_of(open_beton(Path(config.data.steps_of)), optim)
     classes = train_beton.classes or ("unlabelled",)  # a checkpoint names at least one
@@ -104,6 +112,25 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, config=job.config, inputs=inputs)
     task.watch = losses.add
     return replace(job, losses=losses)
+
+
+def of_trained_classes(
+    config: TrainConfig, train_beton: Beton, train: Split, val_beton: Beton, val: Split, world: World
+) -> Split:
+    """The part of a validation set whose classes are trained on, told in one line where that is not plain; all of it
+    where clusters, and not classes, were left out, or labels train nothing.
+    """
+    path = config.data.subset
+    groups_are = load_subset(Path(path), beton=train_beton).meta.get("groups_are") if path else None
+    trained = np.unique(train_beton.labels[train.kept])
+    whole = groups_are == "clusters" or config.task.kind == "moco"
+    kept = val.kept if whole else samples_of_groups(val_beton.labels, trained.astype(np.int64))
+    if not len(kept):
+        raise UserError(f"{val_beton.path} has no sample of the {len(trained)} classes that are trained on")
+    if world.is_main and (path or len(kept) < len(val.kept)):
+        of = "all classes" if whole else f"the {len(trained)} classes that are trained on"
+        say(f"validation: {len(kept)} of {val_beton.num_samples} samples, of {of} (data.val_subset is not set)")
+    return replace(val, kept=kept)
 
 
 def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:

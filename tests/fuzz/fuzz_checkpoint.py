@@ -27,7 +27,7 @@ def seeds(folder: Path) -> list[Files]:
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
     optimizer.step()
     own = {"cpu_rng": torch.get_rng_state(), "buffers": {"a": torch.arange(4)}, "losses": [0.5, 1.5]}
-    config = {"model": {"arch": "resnet_tiny"}, "train": {"val_resolution": 32, "val_ratio": 0.875}}
+    config = {"model": {"arch": "resnet_tiny"}, "train": {"resolution": 32, "val_resolution": 32, "val_ratio": 0.875}}
     meta = make_meta("checkpoint", config=config, seed=0) | {"classes": ["a", "b", "c"], "step": 7}
     state = {"optimizer": optimizer.state_dict(), "ranks": [own]}
     found = []

@@ -60,7 +60,10 @@ def make_surrogate(tmp_path_factory: pytest.TempPathFactory) -> MakeSurrogate:
             if spoil:
                 head.bias[0] = torch.nan
         folder = tmp_path_factory.mktemp("surrogate") / "step_000000001"
-        config = {"model": {"arch": "resnet_tiny"}, "train": {"val_resolution": 32, "val_ratio": 0.875}}
+        config = {
+            "model": {"arch": "resnet_tiny"},
+            "train": {"resolution": 32, "val_resolution": 32, "val_ratio": 0.875},
+        }
         meta = make_meta("checkpoint", config=config, inputs={"train": beton.fingerprint})
         meta |= {"classes": list(beton.classes)}
         checkpoint.save(folder, weights=model.state_dict(), state={}, meta=meta)
