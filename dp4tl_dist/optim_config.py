@@ -35,14 +35,14 @@ class OptimConfig(Table):
     """Resolutions within a ramp are multiples of this."""
     ramp: bool = False
     """Train on smaller crops first. The published ramp, which the next three keys change: from 5/6 of `resolution`
-    (160 px for 192), between 11/16 and 13/16 of the epochs."""
+    (160 px for 192), between 11/16 and 13/16 of the epochs; the last one is at full size."""
     start_resolution: Annotated[int, Field(ge=0)] = Field(
         default_factory=lambda data: start_side(data["resolution"], data["resolution_step"]) if data["ramp"] else 0
     )
     """Side before the ramp; 0 means no ramp."""
-    ramp_start: NotNegative = Field(default_factory=lambda data: _ramped(data) * data["epochs"] * 11 / 16)
+    ramp_start: NotNegative = Field(default_factory=lambda data: _ramp_at(11 / 16, data))
     """Epoch at which the resolution starts to grow."""
-    ramp_end: NotNegative = Field(default_factory=lambda data: _ramped(data) * data["epochs"] * 13 / 16)
+    ramp_end: NotNegative = Field(default_factory=lambda data: _ramp_at(13 / 16, data))
     """Epoch from which the resolution is full."""
     val_resolution: Count = Field(default_factory=lambda data: val_side(data["resolution"]))
     """Side of the centre crop for validation and voting. Unset it follows from `resolution` (256 for 192, 32
@@ -73,5 +73,6 @@ class OptimConfig(Table):
         return self.model_copy(update={key: sides[key] for key in sides.keys() - self.model_fields_set})
 
 
-def _ramped(data: dict[str, int]) -> bool:
-    return data["start_resolution"] > 0
+def _ramp_at(share: float, data: dict[str, int]) -> float:
+    """The epoch at that share of them all, and before the last one, which is to be at the full resolution."""
+    return min(share * data["epochs"], data["epochs"] - 1.0) if data["start_resolution"] else 0.0

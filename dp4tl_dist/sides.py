@@ -14,7 +14,7 @@ from dp4tl_dist.errors import UserError
 STEP = 32
 """Strides of the usual networks multiply to this."""
 FIXED_RESOLUTION = {"vit_b_16": 224}
-FITS = (0.75, 1.75)
+FITS = (0.8, 1.5)
 """From which to which multiple of its training side a network sees images without a warning."""
 LARGEST = 1 << 16
 

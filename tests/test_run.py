@@ -27,25 +27,19 @@ min_scale = 0.5
 arch = "resnet_tiny"
 [surrogate.train]
 epochs = 2
-peak_epoch = 1
 batch_size = 8
 resolution = 32
-val_resolution = 32
 [pretrain.model]
 arch = "resnet_tiny"
 [pretrain.train]
 epochs = 2
-peak_epoch = 1
 batch_size = 8
 resolution = 32
-val_resolution = 32
 [transfer]
 cached = true
 [transfer.lp]
 epochs = 3
 batch_size = 4
-resolution = 32
-val_resolution = 32
 [engine]
 device = "cpu"
 [log]

@@ -21,34 +21,28 @@ train = "{root}/source.beton"
 val = "{root}/val.beton"
 [targets.big]
 train = "{root}/big.beton"
-test = "{root}/big.beton"
+test = "{root}/big-test.beton"
 [targets.small]
 train = "{root}/small.beton"
-test = "{root}/small.beton"
+test = "{root}/small-test.beton"
 weight = 2
 [surrogate.model]
 arch = "resnet_tiny"
 [surrogate.train]
 epochs = 3
-peak_epoch = 1
 batch_size = 8
 resolution = 16
-val_resolution = 16
 [pretrain.model]
 arch = "resnet_tiny"
 [pretrain.train]
 epochs = 1
-peak_epoch = 1
 batch_size = 4
 resolution = 16
-val_resolution = 16
 [transfer]
 cached = true
 [transfer.lp]
 epochs = 1
 batch_size = 4
-resolution = 16
-val_resolution = 16
 [engine]
 device = "cpu"
 [log]
@@ -61,8 +55,9 @@ tensorboard = false
 def test_joint_and_hybrid_arms(tmp_path: Path) -> None:
     source = open_beton(make_beton(tmp_path / "source.beton", num_classes=6, per_class=8))
     make_beton(tmp_path / "val.beton", split="val", num_classes=6, per_class=2)
-    make_beton(tmp_path / "big.beton", kind="target", num_classes=2, per_class=9)
-    make_beton(tmp_path / "small.beton", kind="target", num_classes=3, per_class=3)
+    for split, ending in (("train", ""), ("test", "-test")):
+        make_beton(tmp_path / f"big{ending}.beton", kind="target", split=split, num_classes=2, per_class=9)
+        make_beton(tmp_path / f"small{ending}.beton", kind="target", split=split, num_classes=3, per_class=3)
     (tmp_path / "run.toml").write_text(CONFIG.format(root=tmp_path, arms=list(ARMS)))
     out = tmp_path / "run"
     assert main(["run", "--config", str(tmp_path / "run.toml"), "--out", str(out)]) == 0

@@ -18,7 +18,7 @@ from dp4tl_dist import transfer as module
 from dp4tl_dist.cli import main
 from dp4tl_dist.config import CheckpointConfig, validate
 from dp4tl_dist.data.beton import open_beton
-from dp4tl_dist.data.loader import BetonLoader, CentreView
+from dp4tl_dist.data.loader import BetonLoader, CentreView, TrainView
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, UserError
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.log import read_jsonl
@@ -192,6 +192,38 @@ def test_cached_features_are_the_backbones(root: Path) -> None:
     np.testing.assert_allclose(features, np.stack(rows), atol=1e-5)
     for on_rank in run_ranks(features_on_rank, 2, root):
         np.testing.assert_allclose(on_rank, features, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_probe_finds_the_same_cached_or_not(root: Path, tmp_path: Path, seed: int) -> None:
+    """Its features are those of one view, so that where they come from decides their last bits alone."""
+    content = {"seed": seed, "train": {"epochs": 12}}
+    pixels, cached = (alone(root, tmp_path / f"{c}.json", "lp", {**content, "cached": c}) for c in (False, True))
+    assert [pixels[key] for key in ("top1", "val_top1")] == [cached[key] for key in ("top1", "val_top1")]
+    assert pixels["loss"] == pytest.approx(cached["loss"], rel=1e-4)
+    curves = [
+        [line["loss"] for line in read_jsonl(tmp_path / f"{c}.json.run" / "metrics.jsonl") if line["kind"] == "epoch"]
+        for c in (False, True)
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_finetuning_crops_as_it_is_told(root: Path, tmp_path: Path) -> None:
+    _, job, _, _ = job_of(root, tmp_path / "a", "ff")
+    assert job.view(16, 3) == TrainView(16, 0, 3, min_scale=0.08, flip=True)
+    _, job, _, _ = job_of(root, tmp_path / "b", "ff", {"min_scale": 0.5, "flip": False})
+    assert job.view(16, 3) == TrainView(16, 0, 3, min_scale=0.5, flip=False)
+    _, job, _, _ = job_of(root, tmp_path / "c", "lp")
+    assert job.view(16, 3) == VIEW
+
+
+def test_without_a_test_set_what_was_held_out_judges(root: Path, tmp_path: Path) -> None:
+    with one_core():
+        paths = {"checkpoint_path": root / "source", "train": root / "train.beton", "test": None}
+        result = transfer(config_of("lp", {"cached": True}), **paths, out=tmp_path / "r.json", world=World())
+    both = alone(root, tmp_path / "s.json", "lp", {"cached": True})
+    assert result["val_top1"] == both["val_top1"] and result["num_test"] == 0
+    assert both.keys() - result.keys() == {"top1", "top5", "loss"} and "test" not in result["inputs"]
 
 
 def test_label_smoothing_reaches_the_cached_probe(root: Path, tmp_path: Path) -> None:

@@ -243,7 +243,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("moco")
     make_beton(root / "train.beton", num_classes=4, per_class=12)
     make_beton(root / "val.beton", split="val", num_classes=4, per_class=5)
-    make_beton(root / "target.beton", kind="target", num_classes=3, per_class=6)
+    for split, name in (("train", "target"), ("test", "target-test")):
+        make_beton(root / f"{name}.beton", kind="target", split=split, num_classes=3, per_class=6)
     return root
 
 
@@ -336,13 +337,13 @@ def test_the_checkpoint_is_a_plain_network(root: Path, tmp_path: Path) -> None:
     recipe = {"train": {"epochs": 1, "batch_size": 8, "resolution": 16, "val_resolution": 16},
               "engine": {"device": "cpu"}}  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    target, source = str(root / "target.beton"), str(root / "train.beton")
+    target, test, source = (str(root / f"{name}.beton") for name in ("target", "target-test", "train"))
 
     def dp4tl(*argv: object) -> int:
         return main([str(item) for item in argv])
 
     for mode in ("lp", "ff"):
-        assert dp4tl("transfer", "--checkpoint", out, "--train", target, "--test", target, "--mode", mode,
+        assert dp4tl("transfer", "--checkpoint", out, "--train", target, "--test", test, "--mode", mode,
                      "--config", tmp_path / "recipe.json", "--out", tmp_path / f"{mode}.json") == 0  # fmt: skip
     common = ("--surrogate", out, "--source", source, "--device", "cpu", "--out")
     assert dp4tl("cluster", "--clusters", 3, *common, tmp_path / "c.npz") == 0
