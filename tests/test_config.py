@@ -195,6 +195,18 @@ def test_presets_are_as_published(preset: str, arch: str, published: dict[str, A
     assert config.data.min_scale == 0.08 and config.data.flip
 
 
+def test_the_readmes_run_is_as_published(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (tmp_path / "pets.toml").write_text("# pets.toml" + text.partition("# pets.toml")[2].partition("```")[0])
+    config = load_config(RunConfig, str(tmp_path / "pets.toml"))
+    for table, arch, published in (
+        (config.surrogate, "resnet18", SURROGATE),
+        (config.pretrain, "resnet101", {**SURROGATE, "batch_size": 256}),
+    ):
+        assert table.model.arch == arch and {key: getattr(table.train, key) for key in published} == published
+    assert not config.transfer.lp
+
+
 def test_objectives_and_engines_of_presets() -> None:
     task = load_config(TrainConfig, "lm-adv").task
     assert (task.kind, task.adversarial.steps, task.adversarial.fast) == ("adversarial", 3, "none")
