@@ -14,14 +14,14 @@ from dp4tl_dist.errors import UserError
 
 RESULTS = {
     "write": 2,
-    "train": 2,
+    "train": 3,
     "cluster": 2,
     "vote": 2,
     "score": 2,
     "prune": 1,
     "compact": 1,
-    "transfer": 2,
-    "influence": 2,
+    "transfer": 3,
+    "influence": 3,
 }
 """The number of each verb's results."""
 
