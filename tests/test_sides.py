@@ -218,7 +218,7 @@ def test_what_is_set_and_does_not_fit_is_warned_of_once(
 def test_a_test_set_that_was_trained_on_is_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for suffix in (".beton", ".beton.json"):
+    for suffix in (".beton", ".beton.json", ".beton.rows"):
         (root / f"copy{suffix}").write_bytes((root / f"train{suffix}").read_bytes())
     for test in ("train", "copy"):
         assert transfer(root, tmp_path / "r.json", test=test) == EXIT_BAD_INPUT

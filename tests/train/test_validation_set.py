@@ -102,7 +102,7 @@ def test_nothing_to_validate_on(root: Path, tmp_path: Path) -> None:
 def test_validating_on_the_training_file_is_warned_of(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for suffix in (".beton", ".beton.json"):
+    for suffix in (".beton", ".beton.json", ".beton.rows"):
         (tmp_path / f"copy{suffix}").write_bytes((root / f"train{suffix}").read_bytes())
     for val in (root / "train.beton", tmp_path / "copy.beton"):
         job_of(root, tmp_path / "run", val=val)
