@@ -30,6 +30,8 @@ from typing import Any
 import harness
 from drill_run import STEPS_PER_EPOCH, facts, file_number, last_step, saved_step, write_inputs
 
+from dp4tl_dist.launcher import python
+
 MARK = "DP4TL_DRILL"
 STEPS_PER_KILL, KILLS_PER_RUN = 15, 10
 PATIENCE_S = 120.0
@@ -86,9 +88,8 @@ class Drill:
 
     def start(self, out: Path) -> "subprocess.Popen[bytes]":
         """Start or continue a run."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={self.arguments.ranks}", "-m", "dp4tl_dist", "train", "--config",
-                   str(self.config), "--out", str(out)]  # fmt: skip
+        command = python("dp4tl_dist.ranks", str(self.arguments.ranks), "train", "--config", str(self.config), "--out",
+                         str(out))  # fmt: skip
         environ = {**os.environ, MARK: self.token, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(harness.ROOT)}
         with open(self.folder / f"{out.name}.log", "ab") as log:
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)

@@ -1,6 +1,7 @@
 """The command `dp4tl`: one verb a stage. Here is how it ends; the `verbs_*` modules have what it takes."""
 
-import io
+import argparse
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-from dp4tl_dist import __version__, verbs_data, verbs_select, verbs_study, verbs_train
+from dp4tl_dist import __version__, streams, verbs_data, verbs_select, verbs_study, verbs_train
 from dp4tl_dist.arguments import Parser
 from dp4tl_dist.errors import (
     EXIT_BAD_INPUT,
@@ -23,8 +24,12 @@ from dp4tl_dist.errors import (
     one_line,
 )
 from dp4tl_dist.launcher import die_with_parent, report_error
+from dp4tl_dist.log import warn
 from dp4tl_dist.siblings import end_hung, stopped_ranks
 from dp4tl_dist.world import leave, lost_others
+
+# What is wrong with a path that was given, whoever met it first.
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +56,12 @@ def carry_out(argv: Sequence[str] | None) -> int:
     # torch loads it, which no import above does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # names of files need not be text: show them, whatever they hold
-                stream.reconfigure(errors="backslashreplace")
+        streams.keep()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # torchrun starts ranks that would outlive it
         args = build_parser().parse_args(argv)
         args.run(args)
+        check_output_was_seen(args)
     except UserError as error:
         return fail(EXIT_BAD_INPUT, str(error))
     except Stopped as stop:
@@ -73,6 +77,8 @@ def carry_out(argv: Sequence[str] | None) -> int:
             return fail(EXIT_FAILURE, text, consequence=True, lost=True)
         if isinstance(error, LostRank):
             return fail(EXIT_FAILURE, str(error), lost=True)
+        if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+            return fail(EXIT_BAD_INPUT, f"cannot use {os.fsdecode(error.filename)} ({error.strerror})")
         return fail(EXIT_FAILURE, out_of_memory(error) or f"{error or type(error).__name__}")
     except Exception as error:  # a defect: show where, and still tell whoever started this rank
         traceback.print_exc()
@@ -80,6 +86,14 @@ def carry_out(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted", kind="stopped")
     return EXIT_DONE
+
+
+def check_output_was_seen(args: argparse.Namespace) -> None:
+    """What a verb prints may be all that it makes; beside a file it is a courtesy, and its loss is told once."""
+    if reason := streams.lost_output():
+        if getattr(args, "out", None) is None or getattr(args, "dry_run", False):
+            raise UserError(f"stdout could not be written ({reason}): send it elsewhere")
+        warn(f"stdout could not be written ({reason}): what it was told is lost, and all else is done")
 
 
 def out_of_memory(error: BaseException) -> str:
@@ -93,8 +107,8 @@ def out_of_memory(error: BaseException) -> str:
 def fail(code: int, message: str, *, kind: str = "error", consequence: bool = False, lost: bool = False) -> int:
     """Print one line, leave it for whoever started this rank, and return the code."""
     message = one_line(message)
-    report_error(code, message, consequence=consequence, lost=lost)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    report_error(code, message, rank=rank, consequence=consequence, lost=lost)
     # Bad input is bad on every rank alike, and a stop is agreed: one line is enough.
     if rank != "0" and code == EXIT_BAD_INPUT:
         time.sleep(1)  # the first rank to end has the others ended: let rank 0 speak

@@ -1,19 +1,13 @@
 """Reading configs: TOML into frozen, strictly validated models. An unknown key is an error."""
 
-import errno
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dp4tl_dist.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from dp4tl_dist.inputs import MAX_PARTS, parse_toml, read_text
 
 MAX_TOML_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
@@ -36,13 +30,13 @@ Model = TypeVar("Model", bound=Table)
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file (or the resolved .json of an earlier run) as a dict; anything else is a UserError with the line."""
     try:
-        if path.stat().st_size > MAX_TOML_BYTES:
-            raise OSError(errno.EFBIG, "it is too large for a config")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path, limit=MAX_TOML_BYTES)
+        content = json.loads(text) if path.suffix == ".json" else parse_toml(text)
         repr(content)  # a hexadecimal number of thousands of digits can be read, but neither shown nor written down
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}): check --config") from error
+    except UserError as error:
+        raise UserError(f"{error}: check --config") from error
     except (ValueError, RecursionError) as error:  # syntax, letters, numbers of thousands of digits, nesting
         raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(content, dict):
@@ -68,10 +62,10 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     for override in overrides:
         dotted, sign, text = override.partition("=")
         keys = dotted.strip().split(".")
-        if not sign or not all(keys):
+        if not sign or not all(keys) or len(keys) > MAX_PARTS:
             raise UserError(f"--set {override!r} is not of the form table.key=value")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            value = parse_toml(f"value = {text}")["value"]
             repr(value)  # as in `read_toml`
         except (ValueError, RecursionError):
             value = text.strip()

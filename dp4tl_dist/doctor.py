@@ -28,6 +28,8 @@ CONDA_LIBRARIES = "conda install -c conda-forge opencv libjpeg-turbo pkg-config 
 REBUILD_FFCV = "pip install --force-reinstall --no-deps ffcv==1.0.2"
 LIGHT_PACKAGES = ("numpy", "PIL", "pydantic", "rich", "safetensors", "setuptools", "tensorboard")
 
+# A module of the current folder is not to be taken for one of Python's own.
+ELSEWHERE = "import sys\nsys.path[:] = [path for path in sys.path if path]\n"
 # What a probe prints beside the version, as Python source that sets `about`.
 ABOUT = {
     "torch": """
@@ -58,7 +60,7 @@ def probe(module: str, *, timeout_s: float = IMPORT_TIMEOUT_S) -> Probe:
         return Probe(error="not installed")
     marker = "doctor-answer:"
     source = (
-        f"import json, {module}\nabout = {{}}\n{ABOUT.get(module, '')}\n"
+        f"{ELSEWHERE}import json, {module}\nabout = {{}}\n{ABOUT.get(module, '')}\n"
         f"print('\\n{marker}' + json.dumps([str(getattr({module}, '__version__', '')), about]))"
     )
     try:

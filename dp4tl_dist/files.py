@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dp4tl_dist import __version__
 from dp4tl_dist.errors import InUseError, UserError
+from dp4tl_dist.inputs import check_plain, open_plain, read_text
 from dp4tl_dist.machine import hardware
 from dp4tl_dist.nodes import life
 from dp4tl_dist.revisions import FORMATS, check_format
@@ -141,7 +142,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path} is too large for a JSON description: is it the right file?")
-        return json.loads(path.read_text())
+        return json.loads(read_text(path, limit=MAX_JSON_BYTES))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -173,7 +174,7 @@ def make_meta(
 def digest_file(path: Path) -> str:
     """blake2b of a whole file, as hex."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as handle:
+    with open_plain(path) as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -202,9 +203,10 @@ def load_npz(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """The arrays (`only` those of these names) and the meta of an npz of that `kind`. Anything else is a UserError;
     sizes are checked first."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is not there: it should be a {kind} file (.npz)")
     try:
+        check_plain(path)
         with zipfile.ZipFile(path) as archive:
             claimed = sum(item.file_size for item in archive.infolist())
             # npz members are stored uncompressed, so a larger claim than the file is a lie.

@@ -1,4 +1,4 @@
-"""One stage as processes of its own: plain Python for one rank, torchrun for several. Its output goes to a log and on.
+"""One stage as processes of its own, on one rank or several. Its output goes to a log and on.
 
 The first rank that fails writes what happened to the file that DP4TL_ERROR_FILE names; that is what the user sees.
 """
@@ -7,24 +7,34 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, LostRank, Stopped, UserError
-from dp4tl_dist.log import on_terminal, say
+from dp4tl_dist.log import on_terminal, say, warn
+from dp4tl_dist.machine import num_cores
 
 ERROR_FILE = "DP4TL_ERROR_FILE"
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# What tells a process its place among ranks: a stage is told its own, whatever this process was told.
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "DP4TL_STARTED", "DP4TL_LISTENING")
+PLACE_PREFIXES = ("PET_", "TORCHELASTIC_", "SLURM_STEP_")
+PLACES_HERE = ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID")
+# As -P of Python 3.11: a module in the current folder is not to be taken for Python's own.
+SAFE_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; sys.argv[:] = sys.argv[1:]; "
+RUN_MODULE = SAFE_PATH + "import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+
+
+# ---------------------------------------------------------------- starting a process
 
 
 def die_with_parent() -> None:
@@ -32,15 +42,10 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def report_error(code: int, message: str, *, consequence: bool = False, lost: bool = False) -> None:
-    """Leave an error for the process that started this stage; the first rank to fail wins.
-
-    consequence: whether it only tells that another rank is gone. lost: whether a rank was lost without a word.
-    """
-    path = os.environ.get(ERROR_FILE)
-    if path:
-        with contextlib.suppress(FileExistsError), open(path, "x") as handle:
-            json.dump({"code": code, "message": message, "consequence": consequence, "lost": lost}, handle)
+def python(module: str, *argv: str) -> list[str]:
+    """The command line that runs a module of this Python, whatever files the current folder holds."""
+    how = ["-P", "-m"] if sys.version_info >= (3, 11) else ["-c", RUN_MODULE]
+    return [sys.executable, *how, module, *argv]
 
 
 def uses_srun() -> bool:
@@ -49,14 +54,67 @@ def uses_srun() -> bool:
 
 def command(argv: Sequence[str], nproc: int) -> list[str]:
     """The command line of a stage on `nproc` ranks: of this machine, or of the SLURM job that asks for srun."""
-    stage = [sys.executable, "-m", "dp4tl_dist", *argv]
+    stage = python("dp4tl_dist", *argv)
     if uses_srun():
         # The job is granted: what was said of its tasks when it was submitted need not hold for a stage of one rank.
         return ["srun", "--kill-on-bad-exit=1", f"--ntasks={nproc}", *(["--nodes=1"] if nproc == 1 else []), *stage]
-    if nproc == 1:
-        return stage
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0"]
-    return [sys.executable, *torchrun, "-m", "dp4tl_dist", *argv]
+    return stage if nproc == 1 else python("dp4tl_dist.ranks", str(nproc), *argv)
+
+
+def stage_environ(environ: Mapping[str, str], *, nproc: int) -> dict[str, str]:
+    """`environ` for the processes of a stage: without this process's own place among ranks."""
+    placed = PLACES if uses_srun() else PLACES + PLACES_HERE
+    kept = {key: value for key, value in environ.items() if key not in placed and not key.startswith(PLACE_PREFIXES)}
+    return {"OMP_NUM_THREADS": str(max(1, num_cores() // nproc)), **kept}
+
+
+def prepare_child() -> None:
+    """For a child, before it becomes what it runs: it ends with its parent, whose it is to pass Ctrl-C on."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------- what a stage ended with
+
+
+@contextlib.contextmanager
+def error_slot(folder: Path | None = None) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """(a path for `report_error`, a function that returns what was left there, the first error first).
+
+    The path leads to this process's memory, which needs no room on a disk; or, for ranks of other nodes, into `folder`.
+    """
+    if folder is None:
+        handle = os.memfd_create("errors")
+        path = Path(f"/proc/{os.getpid()}/fd/{handle}")
+    else:
+        handle, path = -1, folder / f".error.{os.getpid()}.{time.monotonic_ns()}.json"
+    try:
+        yield str(path), lambda: _read_errors(path)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _read_errors(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError):  # nobody left one, or not all of it
+        return []
+
+
+def report_error(code: int, message: str, *, rank: str = "0", consequence: bool = False, lost: bool = False) -> None:
+    """Leave an error for the process that started this stage; the first rank to fail is the first there.
+
+    consequence: whether it only tells that another rank is gone. lost: whether a rank was lost without a word.
+    """
+    path = os.environ.get(ERROR_FILE, "")
+    if path:
+        error = {"code": code, "message": message, "rank": rank, "consequence": consequence, "lost": lost}
+        # A file on a disk that the nodes share is the first rank's alone. A disk may be full: the message is on stderr.
+        with contextlib.suppress(OSError), open(path, "ab" if path.startswith("/proc/") else "xb", buffering=0) as file:
+            file.write(json.dumps(error).encode() + b"\n")
 
 
 REASONS = {
@@ -65,15 +123,42 @@ REASONS = {
 }
 
 
-def killed(code: int, tail: Iterable[str]) -> str:
-    """Which rank a signal ended, by the stage's exit code or torchrun's summary; empty where none did."""
-    summary = "\n".join(tail).partition("Root Cause")[2]
-    found = re.search(r"rank +: (\d+) .*exitcode +: -(\d+)", summary, flags=re.DOTALL)
-    if not found and code >= 0:
+def ended_by(rank: int, code: int) -> str:
+    """What to tell of a rank that a signal ended, by its exit code; empty where none did."""
+    if code >= 0:
         return ""
-    rank, number = (found[1], int(found[2])) if found else ("0", -code)
-    name = signal.Signals(number).name
+    name = signal.Signals(-code).name
     return f"rank {rank} was ended by {name}" + (f" ({REASONS[name]})" if name in REASONS else "")
+
+
+class Log:
+    """A stage's log: a courtesy. Where it cannot be written the stage goes on all the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.refused = path, False
+        self._lock = threading.Lock()
+        self._handle = -1
+
+    def add(self, text: str) -> None:
+        """Append `text`; one warning where there is no room for it."""
+        data = text.encode(errors="surrogateescape")
+        with self._lock:
+            try:
+                if self._handle < 0:
+                    self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                while data:
+                    data = data[os.write(self._handle, data) :]
+                return
+            except OSError as error:
+                reason, first = error.strerror, not self.refused
+                self.refused = True
+        if first:
+            warn(f"the log {self.path} cannot be written ({reason}): going on without what it does not take")
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
 class StageProcess:
@@ -87,27 +172,26 @@ class StageProcess:
 
     def run(self) -> None:
         """Raise what the stage ended with: UserError, Stopped or RuntimeError. Nothing where it is done."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # the log tells
+            self.log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
+        log = Log(self.log)
         # Where ranks of other nodes find it, too.
-        where = self.log.parent if uses_srun() else None
-        with tempfile.TemporaryDirectory(dir=where) as scratch, open(self.log, "a") as log:
-            error_file = Path(scratch) / "error.json"
-            cores = len(os.sched_getaffinity(0))
-            environ = {"OMP_NUM_THREADS": str(max(1, cores // self.nproc)), **os.environ, ERROR_FILE: str(error_file)}
+        with contextlib.closing(log), error_slot(self.log.parent if uses_srun() else None) as (slot, errors):
+            environ = {**stage_environ(os.environ, nproc=self.nproc), ERROR_FILE: slot}
             line = command(self.argv, self.nproc)
-            log.write(f"$ {' '.join(line)}\n")
+            log.add(f"$ {' '.join(line)}\n")
             process = subprocess.Popen(
                 line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
+                text=True, encoding="utf-8", errors="replace", start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             with self._forwarding(process):
                 self._follow(process, log)
                 code = process.wait()
-            error = json.loads(error_file.read_text()) if error_file.exists() else None
+            error = next(iter(errors()), None)
         self._conclude(code, error, time.monotonic() - started)
 
-    def _conclude(self, code: int, error: dict[str, object] | None, seconds: float) -> None:
+    def _conclude(self, code: int, error: dict[str, Any] | None, seconds: float) -> None:
         if code == EXIT_DONE:
             say(f"{self.label}: done in {seconds:.1f} s")
             return
@@ -117,7 +201,7 @@ class StageProcess:
         if error and error["code"] == EXIT_BAD_INPUT:
             raise UserError(f"{self.name}: {message}")
         if not error or error["consequence"]:
-            message = killed(code, self.tail) or message
+            message = ended_by(0, code) or message
         last = message or next((line for line in reversed(self.tail) if line.strip()), f"exit code {code}")
         kind = LostRank if not error or error["lost"] else RuntimeError
         raise kind(f"{self.name} failed: {last} (log: {self.log})")
@@ -125,13 +209,12 @@ class StageProcess:
     @contextlib.contextmanager
     def _forwarding(self, process: "subprocess.Popen[str]") -> Iterator[None]:
         def forward(number: int, frame: FrameType | None) -> None:
-            # torchrun knows SIGTERM: it passes it to every rank and waits for them to save.
+            # SIGTERM reaches every rank, and all of them save.
             self.asked_to_stop = True
             process.send_signal(signal.SIGTERM)
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
         main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, forward) for number in numbers} if main else {}
+        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS} if main else {}
         try:
             yield
         finally:
@@ -140,7 +223,7 @@ class StageProcess:
             if process.poll() is None:
                 process.kill()
 
-    def _follow(self, process: "subprocess.Popen[str]", log: IO[str]) -> None:
+    def _follow(self, process: "subprocess.Popen[str]", log: Log) -> None:
         """Copy what the stage says to its log. Its lines on stdout, and its warnings, are shown: on a terminal as one
         moving line, else each. The rest of stderr (launchers are talkative) stays in the log."""
         assert process.stdout is not None and process.stderr is not None
@@ -148,16 +231,14 @@ class StageProcess:
         with self._display() as show:
             errors.start()
             for line in process.stdout:
-                log.write(line)
-                log.flush()
+                log.add(line)
                 if line.strip():
                     show(line.rstrip())
         errors.join()
 
-    def _follow_errors(self, stream: IO[str], log: IO[str]) -> None:
+    def _follow_errors(self, stream: IO[str], log: Log) -> None:
         for line in stream:
-            log.write(line)
-            log.flush()
+            log.add(line)
             self.tail.append(line.rstrip())
             if line.startswith("warning: "):
                 print(line.rstrip(), file=sys.stderr, flush=True)

@@ -90,8 +90,53 @@ def hardware() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """The cores that this process may use: by its affinity, and by the quota of its control groups."""
+    return min(len(os.sched_getaffinity(0)), max(1, int(cpu_quota())))
+
+
+@functools.cache
+def cpu_quota(root: Path = Path("/")) -> float:
+    """How many cores' time this process's control groups leave it, of version 1 or 2; a huge number without a quota."""
+    quotas = [float(sys.maxsize)]
+    for folder in _groups(root, "cpu"):
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The bytes that the control groups of this process may take, of version 1 or 2; None without a limit."""
+    texts = [
+        _read(folder / name) for folder in _groups(root, "memory") for name in ("memory.max", "memory.limit_in_bytes")
+    ]
+    limits = [int(text) for text in texts if text.isdecimal()]
+    return min(limits, default=None)
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control groups for a controller, and of the groups around it.
+
+    In a container the path that the kernel tells is often the host's, and what is mounted is the container's own.
+    """
+    mounts = root / "sys" / "fs" / "cgroup"
+    found = []
+    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
+        number, names, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0" or controller in names.split(","):
+            mount = mounts if number == "0" else mounts / controller
+            inside = mount / path.lstrip("/")
+            found += [folder for folder in (inside, *inside.parents) if folder.is_relative_to(mount)]
+    return [*found, mounts, mounts / controller]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _cores() -> Check:
@@ -100,9 +145,7 @@ def _cores() -> Check:
 
 def _memory() -> Check:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's own
-    text = limit.read_text().strip() if limit.exists() else "max"
-    usable = min(total, int(text)) if text.isdecimal() else total
+    usable = min(total, memory_limit() or total)
     detail = f"{usable / GIB:.1f} GiB" + (f" of the machine's {total / GIB:.1f}" if usable < total else "")
     if usable < 4 * GIB:
         return Check("memory", "optional", detail, "4 GiB or more is comfortable: ask for more, or use fewer ranks")

@@ -20,6 +20,11 @@ def life(environ: Mapping[str, str]) -> str:
     return f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}" if "SLURM_JOB_ID" in environ else ""
 
 
+def num_tasks(environ: Mapping[str, str]) -> str:
+    """The ranks of this srun step. SLURM_NTASKS is the allocation's, where the step is an interactive shell."""
+    return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+
+
 def seconds_to_stop(environ: Mapping[str, str]) -> float | None:
     """Seconds until this job should save and stop, DP4TL_STOP_BEFORE_S ahead of its limit; None without a limit."""
     end = environ.get("SLURM_JOB_END_TIME", "")

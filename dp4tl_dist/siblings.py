@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+STARTED = "DP4TL_STARTED"
+"""Set for ranks that `python -m dp4tl_dist.ranks` started."""
 GRACE_S = 5.0  # for ranks that run: they end by themselves, each with its own error
 POLL_S = 0.1
 
@@ -46,8 +48,10 @@ def find(launcher: int, own: int) -> Iterator[Sibling]:
 
 def started_by_launcher() -> bool:
     """Whether this process is a rank among several that torchrun or srun started."""
-    ranks = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_NTASKS")
-    return ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ) and ranks not in (None, "1")
+    if STARTED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return os.environ.get("WORLD_SIZE", "1") != "1"
+    ranks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return "SLURM_STEP_ID" in os.environ and ranks != "1"
 
 
 def stopped_ranks() -> list[int]:

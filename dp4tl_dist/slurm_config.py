@@ -4,11 +4,14 @@ import fnmatch
 import re
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dp4tl_dist.config_file import Count, Table
 
 Extra = bool | int | str
+OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+# A stage is one job that is told what to run and where to log: these would make it another.
+KEPT = ("array", "dependency", "error", "job-name", "open-mode", "output", "signal", "test-only", "wrap")
 # "10:00" is ten minutes to sbatch and ten hours to many readers: it is not taken.
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d)|(?P<only>\d+)")
 
@@ -44,6 +47,20 @@ class StageResources(Table):
         if time is not None and not minutes(time):
             raise ValueError('not a time limit: write "HH:MM:SS", "D-HH:MM:SS" or minutes')
         return time
+
+    @model_validator(mode="after")
+    def _within_a_line(self) -> "StageResources":
+        """What stands here goes into a batch script, one option a line: it must stay in its line, and its option."""
+        for key in self.extras:
+            if not OPTION.fullmatch(key):
+                raise ValueError(f"extras: {key!r} is not an option of sbatch: write its long name, like mail-type")
+            if key in KEPT:
+                raise ValueError(f"extras: {key!r} is not for a run to set: each stage is a job of its own")
+        own = {name: value for name, value in self.__dict__.items() if name in StageResources.model_fields}
+        for name, value in {**own, **self.extras}.items():
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{name}: {value!r} holds a line end or another character that does not print")
+        return self
 
 
 class SlurmConfig(StageResources):

@@ -19,7 +19,7 @@ from dp4tl_dist.config import load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
 from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.jobs import REPORT
-from dp4tl_dist.launcher import ERROR_FILE, die_with_parent
+from dp4tl_dist.launcher import ERROR_FILE, die_with_parent, python
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.nodes import life
 from dp4tl_dist.pipeline import carry_out, conclude
@@ -38,7 +38,7 @@ CANNOT_START = (126, 127)
 
 def become(module: str, argv: Sequence[str]) -> None:
     """Go on as `python -m MODULE ARGS...`: a rank of a stage is the same process as under any launcher."""
-    os.execv(sys.executable, [sys.executable, "-m", module, *argv])
+    os.execv(sys.executable, python(module, *argv))
 
 
 def run_here(config: str, out: str, name: str) -> None:

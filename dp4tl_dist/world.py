@@ -4,19 +4,21 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from dp4tl_dist.collectives import all_max, all_sum, alone, barrier, gather_rows, on_main
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.nodes import expand_nodes, interface_towards, peer_node, slurm_port
+from dp4tl_dist.machine import num_cores
+from dp4tl_dist.nodes import expand_nodes, interface_towards, num_tasks, peer_node, slurm_port
+from dp4tl_dist.rendezvous import LOOPBACK, meet, stay_on_loopback
 
+__all__ = [
+    "World", "all_max", "all_sum", "alone", "barrier", "detect", "expand_nodes", "gather_rows", "joined", "leave",
+    "lost_others", "on_main", "place", "slurm_port",
+]  # fmt: skip
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-Result = TypeVar("Result")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class World:
 
     def num_workers(self, asked: int = 0) -> int:
         """Decoding threads for this rank: `asked`, or an even share of the cores that this process may use."""
-        return asked or max(1, len(os.sched_getaffinity(0)) // self.ranks_per_node)
+        return asked or max(1, num_cores() // self.ranks_per_node)
 
 
 def detect(environ: Mapping[str, str]) -> World:
@@ -51,25 +53,26 @@ def detect(environ: Mapping[str, str]) -> World:
     if any(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         _require(environ, TORCHRUN, "torchrun's")
         return World(
-            rank=int(environ["RANK"]),
-            num_ranks=int(environ["WORLD_SIZE"]),
-            local_rank=int(environ["LOCAL_RANK"]),
-            ranks_per_node=int(environ["LOCAL_WORLD_SIZE"]),
+            rank=_number(environ, "RANK"),
+            num_ranks=_number(environ, "WORLD_SIZE"),
+            local_rank=_number(environ, "LOCAL_RANK"),
+            ranks_per_node=_number(environ, "LOCAL_WORLD_SIZE"),
             launcher="torchrun",
             master=f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
         )
     # Inside `salloc` or a batch script SLURM_JOB_ID is there without a step: that is a single process.
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and environ.get("SLURM_NTASKS", "1") != "1":
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and num_tasks(environ) != "1":
         _require(environ, SLURM, "srun's")
-        num_ranks = int(environ["SLURM_NTASKS"])
+        num_ranks = _number({"SLURM_STEP_NUM_TASKS": num_tasks(environ)}, "SLURM_STEP_NUM_TASKS")
         nodes = expand_nodes(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "localhost")))
         return World(
-            rank=int(environ["SLURM_PROCID"]),
+            rank=_number(environ, "SLURM_PROCID"),
             num_ranks=num_ranks,
-            local_rank=int(environ["SLURM_LOCALID"]),
+            local_rank=_number(environ, "SLURM_LOCALID"),
             ranks_per_node=max(1, num_ranks // len(nodes)),
             launcher="slurm",
-            master=f"{environ.get('MASTER_ADDR', nodes[0])}:{environ.get('MASTER_PORT', slurm_port(environ))}",
+            master=f"{environ.get('MASTER_ADDR', nodes[0] if len(nodes) > 1 else LOOPBACK)}:"
+            f"{environ.get('MASTER_PORT', slurm_port(environ))}",
         )
     return World()
 
@@ -81,6 +84,12 @@ def _require(environ: Mapping[str, str], names: tuple[str, ...], whose: str) -> 
             f"{whose} environment is only partly set: {', '.join(missing)} missing; "
             "start through torchrun or srun, or unset the others to run a single process"
         )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not environ[name].isdecimal():
+        raise UserError(f"{name} is {environ[name]!r} in the environment, and should be a number: unset it, or mend it")
+    return int(environ[name])
 
 
 def place(world: World, device: str) -> World:
@@ -116,14 +125,16 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
     if world.num_ranks == 1:
         yield world
         return
-    if world.launcher == "slurm" and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if world.num_ranks == world.ranks_per_node:
+        stay_on_loopback()
+    elif world.launcher == "slurm" and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = interface_towards(peer_node(os.environ))
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=f"tcp://{world.master}" if world.launcher == "slurm" else "env://",
+        store=meet(world.master, rank=world.rank, num_ranks=world.num_ranks, timeout_s=timeout_s),
         rank=world.rank,
         world_size=world.num_ranks,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -148,72 +159,3 @@ LOST = (
 def lost_others(error: BaseException) -> bool:
     """Whether a collective failed since another rank ended or no longer answers: a consequence, not a cause."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
-
-
-# ---------------------------------------------------------------- collectives, the identity for a single rank
-
-
-def barrier(world: World) -> None:
-    if world.num_ranks > 1:
-        all_sum(world, np.zeros(1))
-
-
-def on_main(world: World, action: Callable[[], Result]) -> Result | None:
-    """Run `action` on rank 0 and return its result there, None elsewhere; its UserError is raised on every rank."""
-    result, failure = None, ""
-    if world.is_main:
-        try:
-            result = action()
-        except UserError as error:
-            failure = str(error)
-    if world.num_ranks > 1:
-        import torch.distributed as dist
-
-        shared = [failure]
-        dist.broadcast_object_list(shared)
-        failure = shared[0]
-    if failure:
-        raise UserError(failure)
-    return result
-
-
-def all_sum(world: World, values: NDArray[Any]) -> NDArray[Any]:
-    """The elementwise sum of `values` over the ranks (int64 or float64), on every rank."""
-    return _all_reduce(world, values, "SUM")
-
-
-def all_max(world: World, values: NDArray[Any]) -> NDArray[Any]:
-    """The elementwise maximum of `values` over the ranks, on every rank."""
-    return _all_reduce(world, values, "MAX")
-
-
-def _all_reduce(world: World, values: NDArray[Any], how: str) -> NDArray[Any]:
-    if world.num_ranks == 1:
-        return values
-    import torch
-    import torch.distributed as dist
-
-    tensor: torch.Tensor = torch.from_numpy(np.array(values))
-    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
-    return tensor.numpy()
-
-
-def gather_rows(world: World, positions: NDArray[np.int64], rows: NDArray[Any], num_rows: int) -> NDArray[Any]:
-    """Put each rank's `rows` (n_of_rank, ...) at `positions` (n_of_rank,) of one array (num_rows, ...), on every rank.
-
-    Raises RuntimeError unless every position of `num_rows` is written exactly once over all ranks.
-    """
-    # A sum over disjoint rows is a gather that needs no padding and no knowledge of the others' sizes.
-    inside = (positions >= 0) & (positions < num_rows)
-    counts = np.bincount(positions[inside], minlength=num_rows).astype(np.int64)
-    result = np.zeros((num_rows, *rows.shape[1:]), rows.dtype)
-    result[positions[inside]] = rows[inside]
-    # One number more tells every rank of what lies outside on any.
-    outside, *_ = all_sum(world, np.array([np.count_nonzero(~inside)]))
-    counts = all_sum(world, counts)
-    if outside:
-        raise RuntimeError(f"{outside} positions are not among the {num_rows} rows")
-    if not (counts == 1).all():
-        wrong = np.flatnonzero(counts != 1)
-        raise RuntimeError(f"{len(wrong)} of {num_rows} rows were not written exactly once (first: row {wrong[:1]})")
-    return all_sum(world, result)

@@ -33,7 +33,7 @@ esac
 folder="${folder:-$root/dist/bundle-$python}"
 folder="${folder%/}"
 lock="$root/launch/requirements.txt"
-pinned=" $(cut -d = -f 1 "$lock" | tr '\n' ' ')"
+pinned=" $(sed -n 's/^\([a-z][^=]*\)==.*/\1/p' "$lock" | tr '\n' ' ')"
 without="$(tr '[:upper:]_.' '[:lower:]--' <<<"$without")"
 read -r -a names <<<"${without//,/ }"
 for name in ${names[@]+"${names[@]}"}; do
@@ -75,11 +75,13 @@ pins "$root/setup.cfg" | grep -vxF -f "$scratch/left-out" >"$scratch/pins"
 platforms=()
 for version in 2_28 2_27 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${version}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform linux_x86_64)
-while read -r pin; do
+while read -r pin _; do
     case "$pin" in ffcv==* | "" | \#*) continue ;; esac
+    # With its hashes, and without the marker, which pip would judge by the Python that runs it.
+    awk -v pin="$pin" '$1 == pin { print pin " \\"; found = 1; next } found { print } found && !/\\$/ { exit }' "$lock" >"$scratch/pin"
     "$bin/python" -m pip download -q --no-deps --only-binary=:all: --python-version "$python" "${platforms[@]}" \
-        -d "$wheels" "$pin" 2>"$scratch/log" ||
-        "$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$pin" ||
+        -d "$wheels" --require-hashes -r "$scratch/pin" 2>"$scratch/log" ||
+        "$bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" --require-hashes -r "$scratch/pin" ||
         { cat "$scratch/log" >&2; exit 1; }
 done <"$scratch/pins"
 count="$(find "$wheels" -name '*.whl' | wc -l)"

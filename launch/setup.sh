@@ -202,9 +202,10 @@ make_venv() {
 
 install_python_packages() {
     local uv="$venv/bin/uv" pin index
-    pin="$(grep '^uv==' "$lock")"
+    pin="$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' "$lock")"
     if [ "$("$uv" --version 2>/dev/null | cut -d ' ' -f 2)" != "${pin#uv==}" ]; then
-        run "$pin" "$python_of_venv" -m pip install --no-cache-dir "$pin" ||
+        sed -n '/^uv==/,/[^\\]$/p' "$lock" >"$scratch/uv.txt" # with its hashes, which go on over lines
+        run "$pin" "$python_of_venv" -m pip install --no-cache-dir --no-deps --require-hashes -r "$scratch/uv.txt" ||
             die "pip could not install $pin: check the network, the proxy (HTTPS_PROXY) and pip's index (PIP_INDEX_URL)"
     fi
     # uv does not read pip's settings, and a site's mirror is set there.
@@ -215,7 +216,7 @@ install_python_packages() {
     if broken_ffcv; then install+=(--reinstall-package ffcv --no-cache); fi
     prepare_ffcv_build
     run "$(grep -c '^[a-z]' "$lock") pinned packages (about 5 GB with CUDA)" \
-        "${install[@]}" --compile-bytecode --build-constraints "$lock" -r "$lock" ||
+        "${install[@]}" --compile-bytecode --require-hashes --build-constraints "$lock" -r "$lock" ||
         die "the pinned packages could not be installed: see $log"
     run "dp4tl_dist, editable" "${install[@]}" --no-build-isolation -e "$root" ||
         die "the project could not be installed: see $log"
@@ -296,14 +297,25 @@ print(", ".join(lacks[name] for name in sorted(lacks)))
 END
 }
 
+# Python takes modules of the current folder for its own: from here on it is the checkout.
+case "${PYTHON:-}" in
+    /* | "") ;;
+    */*) PYTHON="$PWD/$PYTHON" ;;
+esac
+bundle="${2:-}"
+if [ "${1:-}" = --offline ]; then
+    [ -d "$bundle" ] || die "--offline takes the folder that launch/bundle.sh made" 2
+    bundle="$(cd -- "$bundle" && pwd -P)"
+fi
+cd -- "$root"
+
 # One set-up at a time: a second one waits here.
-exec 9<"${BASH_SOURCE[0]}"
+exec 9<"$root/launch/setup.sh"
 if command -v flock >/dev/null; then flock 9; fi
 if [ "${1:-}" = --offline ]; then
-    [ -d "${2:-}" ] || die "--offline takes the folder that launch/bundle.sh made" 2
     mkdir -p "$scratch"
     : >"$log"
-    install_offline "$(cd -- "$2" && pwd -P)"
+    install_offline "$bundle"
     exit 0
 fi
 if is_ready; then

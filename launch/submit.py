@@ -35,6 +35,7 @@ from dp4tl_dist.arguments import Parser, add_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, UserError
 from dp4tl_dist.files import write_json
 from dp4tl_dist.jobs import REPORT, SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
+from dp4tl_dist.launcher import python
 from dp4tl_dist.log import say
 from dp4tl_dist.pipeline import conclude
 from dp4tl_dist.records import plan
@@ -92,8 +93,8 @@ class Submission:
         return executor
 
     def _call(self, action: str, stage: Stage) -> str:
-        line = [sys.executable, "-m", "dp4tl_dist.stage_job", action, "--config", str(self.config),
-                "--out", str(self.graph.out), "--stage", stage.name]  # fmt: skip
+        line = python("dp4tl_dist.stage_job", action, "--config", str(self.config), "--out", str(self.graph.out),
+                      "--stage", stage.name)  # fmt: skip
         return shlex.join(line)
 
     def _setup(self, stage: Stage, stop_before_s: int) -> list[str]:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One verb on several ranks of this machine: launch/torchrun.sh [-n NPROC] VERB ARGS...
-# NPROC is "gpu" where there are GPUs (one rank each) and 2 elsewhere, unless given.
+# One verb on several ranks of this machine, as torchrun would start them: launch/torchrun.sh [-n NPROC] VERB ARGS...
+# NPROC is one for each GPU where there are GPUs and 2 elsewhere, unless given. Ctrl-C and SIGTERM have them save and end.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
 
-num_ranks=
+num_ranks=default
 if [ "${1:-}" = -n ]; then
     num_ranks="${2:-}"
     shift $(($# < 2 ? $# : 2))
@@ -22,26 +22,8 @@ if [ $# = 0 ]; then
     echo "usage: launch/torchrun.sh [-n NPROC] VERB ARGS...   (the verbs: dp4tl --help)" >&2
     exit 2
 fi
-if [ -z "$num_ranks" ]; then
-    num_ranks="$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else 2)')"
-fi
-# The ranks share the cores by themselves; torchrun's own default of one thread each would only add a warning.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# torchrun ends with 1 whatever its ranks ended with. The first rank to fail leaves its own exit code in this file.
-scratch="$(mktemp -d)"
-trap 'rm -rf -- "$scratch"' EXIT
-export DP4TL_ERROR_FILE="$scratch/error.json"
-"$python" -m torch.distributed.run --standalone --nproc-per-node "$num_ranks" -m dp4tl_dist "$@" &
-torchrun=$!
-# A signal that asks to stop goes on to torchrun as SIGTERM, the one that it hands to every rank.
-trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM INT USR2
-status=0
-while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
-if [ -s "$DP4TL_ERROR_FILE" ]; then
-    # torchrun's own report is long: say what came first once more, where it is seen.
-    "$python" -c 'import json, sys
-found = json.load(open(sys.argv[1]))
-print("torchrun.sh:", found["message"], file=sys.stderr)
-sys.exit(found["code"])' "$DP4TL_ERROR_FILE" || status=$?
-fi
-exit "$status"
+# Not -m: a module in the current folder would be taken for one of Python's own.
+exec "$python" -c 'import sys
+sys.path[:] = [path for path in sys.path if path]
+from dp4tl_dist.ranks import main
+sys.exit(main())' "$num_ranks" "$@"

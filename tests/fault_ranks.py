@@ -21,7 +21,7 @@ class Fault:
     rank: int = 1
     step: int = 3
     path: str = ""
-    """The file that it is about."""
+    """The file that it is about; of a slow disk, the seconds that a file takes."""
 
     def strike(self) -> None:
         if self.kind == "raise":
@@ -49,6 +49,16 @@ def install(fault: Fault, rank: int) -> None:
     from dp4tl_dist.train import watch
 
     if rank != fault.rank:
+        return
+    if fault.kind == "slow disk":
+        fsync = os.fsync
+
+        def wait_and_sync(handle: int) -> None:
+            if Path(f"/proc/self/fd/{handle}").readlink().name == "state.pt":
+                time.sleep(float(fault.path))
+            fsync(handle)
+
+        os.fsync = wait_and_sync
         return
     if fault.kind == "thread":  # the thread that prepares batches ends without a word
 
@@ -94,7 +104,16 @@ def run_with_fault(argv: list[str], fault: Fault, folder: Path, *, num_ranks: in
 
 def torchrun_with_fault(argv: list[str], fault: Fault) -> tuple[int, str, float]:
     """As `run_with_fault`, by torchrun on two ranks: (its exit code, what was written to stderr, seconds)."""
-    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, fault.kind, str(fault.rank)]
+    line = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+        __file__,
+        fault.kind,
+        str(fault.rank),
+    ]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     began = time.monotonic()
     process = subprocess.run([sys.executable, *line, *argv], env=environ, capture_output=True, text=True, timeout=100)

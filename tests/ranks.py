@@ -18,9 +18,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torchvision", "dp4tl_dist.prune.surrogate", "dp4tl_dist.train.checkpoint"])
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0, patience_s: float = 30.0
+) -> list[Any]:
     """[function(world, *args) on rank 0, on rank 1, ...]. `function` stands at the top level of a test file.
 
+    patience_s: how long their collectives wait.
     A rank that raises or dies ends all of them, with a RuntimeError that holds its trace.
     """
     path, name = sys.modules[function.__module__].__file__, function.__qualname__
@@ -30,7 +33,9 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         port = probe.getsockname()[1]
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
-        CONTEXT.Process(target=_rank, args=(pipes[rank][1], path, name, args, rank, num_ranks, port), daemon=True)
+        CONTEXT.Process(
+            target=_rank, args=(pipes[rank][1], path, name, args, rank, num_ranks, port, patience_s), daemon=True
+        )
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -64,7 +69,16 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(readers))]
 
 
-def _rank(pipe: Connection, path: str, name: str, args: tuple[Any, ...], rank: int, num_ranks: int, port: int) -> None:
+def _rank(
+    pipe: Connection,
+    path: str,
+    name: str,
+    args: tuple[Any, ...],
+    rank: int,
+    num_ranks: int,
+    port: int,
+    patience_s: float,
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -78,7 +92,7 @@ def _rank(pipe: Connection, path: str, name: str, args: tuple[Any, ...], rank: i
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        with joined("cpu", timeout_s=30) as world:
+        with joined("cpu", timeout_s=patience_s) as world:
             value = getattr(module, name)(world, *args)
         pipe.send((True, value))
     except BaseException:

@@ -147,7 +147,7 @@ def test_batch_larger_than_the_subset(refused: Run, world: Path, tmp_path: Path)
 
 
 def test_batch_not_divisible_by_the_ranks(world: Path, tmp_path: Path) -> None:
-    """Through torchrun: its wrapper ends with the exit code of the rank that failed first."""
+    """Through launch/torchrun.sh: it ends with the exit code of the rank that failed first, and says nothing more."""
     script = Path(__file__).parents[1] / "launch" / "torchrun.sh"
     command = [
         script,

@@ -17,9 +17,9 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "sides", "config_file", "optim_config", "config"),
-    ("files", "__init__", "machine", "siblings", "nodes", "version", "revisions"),
-    ("world",),
+    ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
+    ("files", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions"),
+    ("collectives", "rendezvous", "world"),
     ("log", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
     ("prune",),
@@ -28,7 +28,7 @@ LEVELS = (
     ("influence",),
     ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
     ("report",),
-    ("launcher", "records", "table", "info", "doctor", "pipeline", "advise", "stage_job", "jobs"),
+    ("launcher", "ranks", "records", "table", "info", "doctor", "pipeline", "advise", "stage_job", "jobs"),
     ("sweep_table", "sweep_surrogates", "sweep_files"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),
@@ -36,9 +36,16 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 LIGHT = {  # module -> what it may import beside the standard library
     "data/order": {"numpy", "dp4tl_dist.errors"},
-    "data/beton": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.revisions", "dp4tl_dist.data"},
+    "data/beton": {
+        "numpy",
+        "dp4tl_dist.errors",
+        "dp4tl_dist.files",
+        "dp4tl_dist.inputs",
+        "dp4tl_dist.revisions",
+        "dp4tl_dist.data",
+    },
     "data/subset": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.data"},
-    "prune/select": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files"},
+    "prune/select": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.files", "dp4tl_dist.inputs"},
     "prune/ranking": {"numpy", "dp4tl_dist.errors", "dp4tl_dist.prune.select"},
 }
 DOORS = {"ffcv": ("dp4tl_dist/data/",), "deepspeed": ("dp4tl_dist/train/engine.py",), "submitit": ("launch/submit.py",)}

@@ -42,6 +42,10 @@ def test_srun() -> None:
     world = detect(SRUN)
     assert world == World(5, 8, 1, 4, launcher="slurm", master=f"n07:{slurm_port(SRUN)}")
     assert detect({**SRUN, "MASTER_ADDR": "x", "MASTER_PORT": "9"}).master == "x:9"
+    array = {"SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "9"}
+    assert detect({**SRUN, **array, "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "64"}) == world
+    one_node = {**SRUN, "SLURM_STEP_NODELIST": "n07"}
+    assert detect(one_node) == World(5, 8, 1, 8, launcher="slurm", master=f"127.0.0.1:{slurm_port(SRUN)}")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,7 @@ def test_srun() -> None:
         {"PATH": "/bin"},
         {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # inside salloc, and no step
         {**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # a shell in an allocation of 8 tasks
     ],
 )
 def test_single_processes(environ: dict[str, str]) -> None:
@@ -66,6 +71,9 @@ def test_a_partial_environment_names_what_is_missing(complete: dict[str, str]) -
         with pytest.raises(UserError) as caught:
             detect(partial)
         assert f"{name} missing" in str(caught.value) and "\n" not in str(caught.value)
+    for name in ("RANK", "LOCAL_WORLD_SIZE"):
+        with pytest.raises(UserError, match=f"{name} is 'x'"):
+            detect({**TORCHRUN, name: "x"})
     with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"):
         detect({"RANK": "0"})
 

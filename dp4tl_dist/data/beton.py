@@ -32,6 +32,7 @@ from dp4tl_dist.data.beton_writer import BetonWriter
 from dp4tl_dist.data.rows import rows_path
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import read_json
+from dp4tl_dist.inputs import open_plain
 from dp4tl_dist.revisions import check_format
 
 __all__ = [
@@ -105,7 +106,7 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
     Raises UserError for anything else, before allocating more than the file's own size.
     """
     try:
-        with open(path, "rb") as handle:
+        with open_plain(path) as handle:
             header, table = read_head(path, handle, os.fstat(handle.fileno()).st_size)
             metadata = read_array(handle, metadata_dtype(table["type"].tolist()), int(header["num_samples"]))
             start = handle.tell()

@@ -5,7 +5,6 @@ The file depends on the samples and the options alone, not on the number of proc
 
 import contextlib
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from dp4tl_dist.data.folder import ImageFolder, check_broken, check_skipped, fol
 from dp4tl_dist.data.order import epoch_order
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_output, make_meta
+from dp4tl_dist.machine import num_cores
 
 __all__ = ["ImageFolder", "Sample", "WriteReport", "folder_samples", "read_folder", "write_folder", "write_samples"]
 
@@ -164,7 +164,7 @@ def _encode_all(sources: Iterator[Source], options: WriteOptions) -> Generator[E
     """The results for `sources`, in order."""
     encode: Any = partial(encode_samples, max_side=options.max_side, quality=options.quality, reencode=options.reencode)
     chunks = iter(lambda: list(itertools.islice(sources, CHUNK)), [])
-    num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    num_workers = options.num_workers or num_cores()
     if options.num_workers == 0 or num_workers == 1:
         started = time.monotonic()
         for chunk in chunks:

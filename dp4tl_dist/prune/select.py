@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist.errors import UserError, one_of
+from dp4tl_dist.inputs import read_text
 
 Groups = NDArray[np.int64]
 COMBINE = ("normalised", "counts", "max", "sum")
@@ -97,7 +98,7 @@ def read_list(path: Path, classes: tuple[str, ...]) -> Groups:
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"{path} is too large for a list of classes: is it the right file?")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, limit=MAX_LIST_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"cannot read the list {path} ({reason}): it should name one class on each line") from error

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from dp4tl_dist.errors import UserError
@@ -36,7 +37,8 @@ def save(folder: Path, *, weights: dict[str, Tensor], state: dict[str, Any], met
     """Write one checkpoint, atomically. Called by one rank."""
     with atomic_folder(folder) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(plain, temporary / "weights.safetensors")
+        # Not by `save_file`, which stops all threads of Python for as long as a slow disk takes.
+        (temporary / "weights.safetensors").write_bytes(safetensors_bytes(plain))
         with open(temporary / "state.pt", "wb") as handle:  # torch's own file does not tell that a disk is full
             torch.save(state, handle)
         digests = {name: digest_file(temporary / name) for name in FILES}

@@ -14,7 +14,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.buffers import averaged_buffers
-from dp4tl_dist.world import lost_others
+from dp4tl_dist.world import alone, lost_others
 
 if TYPE_CHECKING:
     from dp4tl_dist.train.loop import Fit
@@ -36,6 +36,7 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     job, world, meta = fit.job, fit.world, fit.meta()
     if world.is_main:
         fit.owner.check()
+    alone(world, "which saves the checkpoint before", fit.saver.wait)
     shared, own_share = fit.engine.optimizer_state()
     own = own_state(fit, own_share)
     everyone: list[Any] = [own]
@@ -55,12 +56,12 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
 
     extra = job.task.extra()
     with averaged_buffers(job.task.module, world):
-        if world.is_main:
-            where = {key: meta[key] for key in ("epoch", "step", "samples_seen")}
-            state = {"optimizer": shared, "ranks": everyone, "task": extra, **where}
-            fit.saver.save(folder, write, {"weights": job.task.weights(), "state": state})
+        where = {key: meta[key] for key in ("epoch", "step", "samples_seen")}
+        state = {"optimizer": shared, "ranks": everyone, "task": extra, **where}
+        content = {"weights": job.task.weights() if world.is_main else {}, "state": state}
+        alone(world, f"which saves {folder}", lambda: fit.saver.save(folder, write, content))
     if must_succeed:
-        failure = [fit.saver.wait()]
+        failure = [alone(world, f"which saves {folder}", fit.saver.wait)]
         if world.num_ranks > 1:
             dist.broadcast_object_list(failure)
         if failure[0]:
@@ -85,7 +86,7 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     """Restore the newest whole checkpoint of the run folder into `fit`; None where there is none."""
     job, world = fit.job, fit.world
     # Rank 0 looks and the others follow, so that a slow shared file system cannot split them.
-    found: list[Any] = [checkpoint.newest(job.out) if world.is_main else None]
+    found: list[Any] = [alone(world, f"which reads {job.out}", lambda: checkpoint.newest(job.out))]
     if world.num_ranks > 1:
         dist.broadcast_object_list(found)
     folder = found[0]

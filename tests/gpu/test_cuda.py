@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.data.loader import BetonLoader, CentreView, TrainView
+from dp4tl_dist.launcher import python
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,8 +74,7 @@ def test_votes_agree_with_the_cpu(root: Path) -> None:
 def test_nccl_ranks(root: Path) -> None:
     """As many ranks as there are GPUs, at most two; one is enough for NCCL to start."""
     ranks = min(2, torch.cuda.device_count())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
-               "dp4tl_dist", "train", "--config", str(root / "train.json"), "--set", "train.epochs=2",
-               "--out", str(root / "nccl")]  # fmt: skip
+    command = python("dp4tl_dist.ranks", str(ranks), "train", "--config", str(root / "train.json"), "--set",
+                     "train.epochs=2", "--out", str(root / "nccl"))  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

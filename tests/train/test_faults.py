@@ -151,14 +151,17 @@ def test_the_launcher_tells_what_signal_ended_a_rank(
 ) -> None:
     script = tmp_path / "shortened.py"
     script.write_text(SHORTENED)
-    line = launcher.command([], nproc)
-    line = [sys.executable, str(script)] if nproc == 1 else [*line[: line.index("dp4tl_dist") - 1], str(script)]
+    line = [sys.executable, str(script)]
+    if nproc == 2:
+        program = "import sys; from dp4tl_dist import ranks; ranks.python = lambda *_: sys.argv[1:]; ranks.run(2, [])"
+        program += " and sys.exit(1)"
+        line = [sys.executable, "-c", program, *line]
     monkeypatch.setattr(launcher, "command", lambda argv, nproc: line)
     with pytest.raises(RuntimeError, match=rf"rank {nproc - 1} was ended by SIGBUS \(was a file cut short"):
         StageProcess([], nproc=nproc, log=tmp_path / "stage.log", label="stage").run()
 
 
-def test_ranks_do_not_outlive_torchrun(folder: Path) -> None:
+def test_ranks_do_not_outlive_who_started_them(folder: Path) -> None:
     make_config(folder, train={"epochs": 2000})
     line = [sys.executable, *launcher.command(argv(folder), 2)[1:]]
     with open(folder / "output.txt", "w") as output:
@@ -174,6 +177,16 @@ def test_ranks_do_not_outlive_torchrun(folder: Path) -> None:
         assert time.monotonic() < deadline, (folder / "output.txt").read_text()
         time.sleep(0.05)
     assert checkpoint.newest(folder / "run") is not None
+
+
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_a_slow_save_does_not_end_the_other_ranks(folder: Path, engine: str) -> None:
+    """Each checkpoint takes rank 0 longer than the ranks' timeout, within an epoch and at the end."""
+    pytest.importorskip("torch" if engine == "ddp" else "deepspeed")
+    make_config(folder, engine={"kind": engine, "timeout_s": 2}, checkpoint={"epoch_end_s": 0}, train={"epochs": 2})
+    codes, text, _ = run_with_fault(argv(folder), Fault("slow disk", rank=0, path="3.5"), folder)
+    assert codes == [EXIT_DONE] * 2, text
+    assert len(checkpoint.checkpoints(folder / "run")) == 2
 
 
 # ---------------------------------------------------------------- samples

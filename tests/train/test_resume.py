@@ -78,7 +78,11 @@ class Ranks:
     def __init__(self, root: Path, out: Path, num_ranks: int, *more: str, torchrun: bool = False) -> None:
         self.out = out
         line = ["-m", "dp4tl_dist", *argv(root, out, *more)]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if torchrun else []
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}"]
+            if torchrun
+            else []
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
