@@ -30,7 +30,7 @@ from typing import Any
 import harness
 from drill_run import STEPS_PER_EPOCH, facts, file_number, last_step, saved_step, write_inputs
 
-from dp4tl_dist.launcher import python
+from dp4tl_dist.children import python
 
 MARK = "DP4TL_DRILL"
 STEPS_PER_KILL, KILLS_PER_RUN = 15, 10

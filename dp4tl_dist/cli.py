@@ -13,6 +13,7 @@ from types import FrameType
 
 from dp4tl_dist import __version__, streams, verbs_data, verbs_select, verbs_study, verbs_train
 from dp4tl_dist.arguments import Parser
+from dp4tl_dist.children import die_with_parent
 from dp4tl_dist.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -23,7 +24,7 @@ from dp4tl_dist.errors import (
     UserError,
     one_line,
 )
-from dp4tl_dist.launcher import die_with_parent, report_error
+from dp4tl_dist.launcher import report_error
 from dp4tl_dist.log import warn
 from dp4tl_dist.siblings import end_hung, stopped_ranks
 from dp4tl_dist.world import leave, lost_others

@@ -140,8 +140,6 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. A missing, oversized or malformed one is a UserError."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is too large for a JSON description: is it the right file?")
         return json.loads(read_text(path, limit=MAX_JSON_BYTES))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error

@@ -4,7 +4,6 @@ The first rank that fails writes what happened to the file that DP4TL_ERROR_FILE
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -13,43 +12,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from dp4tl_dist.children import die_with_parent, python, stage_environ, uses_srun
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, LostRank, Stopped, UserError
 from dp4tl_dist.log import on_terminal, say, warn
-from dp4tl_dist.machine import num_cores
 
 ERROR_FILE = "DP4TL_ERROR_FILE"
-PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-# What tells a process its place among ranks: a stage is told its own, whatever this process was told.
-PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "DP4TL_STARTED", "DP4TL_LISTENING")
-PLACE_PREFIXES = ("PET_", "TORCHELASTIC_", "SLURM_STEP_")
-PLACES_HERE = ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID")
-# As -P of Python 3.11: a module in the current folder is not to be taken for Python's own.
-SAFE_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; sys.argv[:] = sys.argv[1:]; "
-RUN_MODULE = SAFE_PATH + "import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-
-
-# ---------------------------------------------------------------- starting a process
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends, so that a killed run leaves nothing behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def python(module: str, *argv: str) -> list[str]:
-    """The command line that runs a module of this Python, whatever files the current folder holds."""
-    how = ["-P", "-m"] if sys.version_info >= (3, 11) else ["-c", RUN_MODULE]
-    return [sys.executable, *how, module, *argv]
-
-
-def uses_srun() -> bool:
-    return os.environ.get("DP4TL_LAUNCHER") == "srun"
 
 
 def command(argv: Sequence[str], nproc: int) -> list[str]:
@@ -59,19 +32,6 @@ def command(argv: Sequence[str], nproc: int) -> list[str]:
         # The job is granted: what was said of its tasks when it was submitted need not hold for a stage of one rank.
         return ["srun", "--kill-on-bad-exit=1", f"--ntasks={nproc}", *(["--nodes=1"] if nproc == 1 else []), *stage]
     return stage if nproc == 1 else python("dp4tl_dist.ranks", str(nproc), *argv)
-
-
-def stage_environ(environ: Mapping[str, str], *, nproc: int) -> dict[str, str]:
-    """`environ` for the processes of a stage: without this process's own place among ranks."""
-    placed = PLACES if uses_srun() else PLACES + PLACES_HERE
-    kept = {key: value for key, value in environ.items() if key not in placed and not key.startswith(PLACE_PREFIXES)}
-    return {"OMP_NUM_THREADS": str(max(1, num_cores() // nproc)), **kept}
-
-
-def prepare_child() -> None:
-    """For a child, before it becomes what it runs: it ends with its parent, whose it is to pass Ctrl-C on."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------- what a stage ended with

@@ -16,16 +16,14 @@ from types import FrameType
 from typing import Any
 
 from dp4tl_dist import streams
+from dp4tl_dist.children import prepare_child, python, stage_environ
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, one_line
 from dp4tl_dist.launcher import (
     ERROR_FILE,
     STOP_SIGNALS,
     ended_by,
     error_slot,
-    prepare_child,
-    python,
     report_error,
-    stage_environ,
 )
 from dp4tl_dist.machine import num_cores
 from dp4tl_dist.rendezvous import LISTENING, LOOPBACK

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dp4tl_dist.children import die_with_parent, python
 from dp4tl_dist.config import load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
 from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.jobs import REPORT
-from dp4tl_dist.launcher import ERROR_FILE, die_with_parent, python
+from dp4tl_dist.launcher import ERROR_FILE
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.nodes import life
 from dp4tl_dist.pipeline import carry_out, conclude

@@ -32,10 +32,10 @@ except ImportError:
 
 from dp4tl_dist import stage_job
 from dp4tl_dist.arguments import Parser, add_config
+from dp4tl_dist.children import python
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, UserError
 from dp4tl_dist.files import write_json
 from dp4tl_dist.jobs import REPORT, SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
-from dp4tl_dist.launcher import python
 from dp4tl_dist.log import say
 from dp4tl_dist.pipeline import conclude
 from dp4tl_dist.records import plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_factory import make_beton
 
-from dp4tl_dist.launcher import python
+from dp4tl_dist.children import python
 
 FULL = Path("/dev/full")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dp4tl_dist.children import python
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.data.loader import BetonLoader, CentreView, TrainView
-from dp4tl_dist.launcher import python
 
 pytestmark = [
     pytest.mark.gpu,
