@@ -232,9 +232,11 @@ def test_scripts_are_strict_and_executable(name: str):
 
 
 def test_lock_pins_everything_exactly():
-    lines = (ROOT / "launch" / "requirements.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert [line for line in pins if not re.match(r"^[a-z0-9.-]+==[^ ;,*]+( ; .+)?$", line)] == []
-    names = {line.partition("==")[0] for line in pins}
+    """Every pin with the hashes of its files, and nowhere the name of the server that has them."""
+    text = (ROOT / "launch" / "requirements.txt").read_text()
+    entries = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace(" \\\n    ", " ").splitlines()
+    pin = re.compile(r"[a-z0-9.-]+==[^ ;,*]+( ; .+?)?( --hash=sha256:[0-9a-f]{64})+")
+    assert [entry for entry in entries if not pin.fullmatch(entry)] == []
+    names = {entry.partition("==")[0] for entry in entries}
     wanted = re.findall(r"^    ([a-z_]+)[><=]", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
     assert {name.replace("_", "-") for name in wanted} - {"timm", "python-requires"} <= names
