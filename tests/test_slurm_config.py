@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -43,6 +43,7 @@ def text(slurm: SlurmConfig) -> str:
     return str(what.executor(next(iter(graph.stages.values())), "").text())
 
 
+@settings(deadline=None)
 @given(given_values=st.dictionaries(st.sampled_from(sorted(NAMES)), STRINGS),
        extras=st.dictionaries(st.one_of(STRINGS, st.from_regex(r"[a-z]{1,3}-[a-z]{1,3}", fullmatch=True)),
                               st.one_of(STRINGS, st.just(True), st.integers(0, 9)), max_size=3))  # fmt: skip
