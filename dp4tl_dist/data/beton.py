@@ -183,6 +183,7 @@ def describe(beton: Beton) -> dict[str, Any]:
         "fingerprint": beton.fingerprint,
         "num_samples": beton.num_samples,
         "num_classes": beton.num_classes,
+        "classes_with_samples": int(np.count_nonzero(per_class)),
         "num_unlabelled": beton.num_unlabelled,
         "classes": list(beton.classes),
         "samples_per_class": {"min": int(per_class.min()), "max": int(per_class.max())},

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dp4tl_dist.data import compact as module
-from dp4tl_dist.data.beton import RAW, BetonWriter, open_beton, sidecar
+from dp4tl_dist.data.beton import RAW, BetonWriter, describe, open_beton, sidecar
 from dp4tl_dist.data.compact import compact
 from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
 from dp4tl_dist.errors import UserError
@@ -48,6 +48,8 @@ def test_payloads_and_identifiers_survive(tmp_path, monkeypatch, run_bytes):
             assert getattr(result, name)[i] == getattr(source, name)[j]
     meta = json.loads(sidecar(result.path).read_text())["meta"]
     assert meta["inputs"] == {"source": source.fingerprint, "subset": digest_file(tmp_path / "x.npz")}
+    told = describe(result)  # the classes that were left out keep their numbers
+    assert (told["num_classes"], told["classes_with_samples"], told["samples_per_class"]["min"]) == (5, 2, 0)
 
 
 def test_same_seed_same_bytes(tmp_path, monkeypatch):
