@@ -11,6 +11,7 @@ from typing import Any
 
 from dp4tl_dist import __version__
 from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
+from dp4tl_dist.data.folder import check_broken, read_folder
 from dp4tl_dist.data.walk import listing_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
@@ -29,10 +30,19 @@ def plan(graph: Graph) -> list[tuple[Stage, str]]:
             record, key = read_record(graph, stage), stage_key(graph, stage)
             resumes = record.get("key") == key and record.get("status") == "running"
             why = "skip" if is_done(stage, record, key) else "resume" if resumes else "run"
+        if why != "skip" and stage.argv[0] == "write":
+            check_images(stage)
         if why != "skip":
             dirty |= {stage.output, *stage.also}
         result.append((stage, why))
     return result
+
+
+def check_images(stage: Stage) -> None:
+    """Raise UserError for what makes `write` refuse a folder before it reads an image: its form, and broken links."""
+    for images in stage.inputs:
+        if images.is_dir():
+            check_broken(read_folder(images), skip_bad="--skip-bad" in stage.argv)
 
 
 def prepare(graph: Graph, stage: Stage, record: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """What a run does again, and what it leaves: keys, records and outputs, with stages that only pretend."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_factory import make_beton
+from PIL import Image
 from test_stages import Content, config_of
 
 from dp4tl_dist import pipeline, records, revisions
+from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import save_npz, write_json
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph
@@ -141,6 +144,28 @@ def test_a_changed_image_folder_is_noticed(place: Path) -> None:
     (images / "2.png").touch()
     digests.append(records.content_digest(place / "images"))
     assert len(set(digests)) == 3 and stage.inputs == (Path("images"),)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_dry_run_refuses_what_write_will(place: Path, skip_bad: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken link is one line, or passed over; a whole folder that is one is never passed over."""
+    for name in ("a/1.png", "b/2.png"):
+        path = place / "images" / name
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+    config = small(source={"train": "images"}, write={"skip_bad": skip_bad})
+    pipeline.run(config, out=Path("out"), dry_run=True)
+    (place / "images" / "a" / "gone.png").symlink_to("nowhere")
+    before = records.content_digest(place / "images")
+    outcome = nullcontext() if skip_bad else pytest.raises(UserError, match=r"gone.png \(a broken link\)")
+    with outcome:
+        pipeline.run(config, out=Path("out"), dry_run=True)
+    Image.new("RGB", (8, 8)).save(place / "images" / "a" / "nowhere", "PNG")
+    assert records.content_digest(place / "images") != before
+    pipeline.run(config, out=Path("out"), dry_run=True)
+    (place / "images" / "c").symlink_to("nowhere")
+    with pytest.raises(UserError, match="c is a broken link"):
+        pipeline.run(config, out=Path("out"), dry_run=True)
 
 
 @pytest.mark.parametrize("name", ["subsets/lm@0.5-t.npz", "subsets/lm@0.5-t.val.npz", "data/lm@0.5-t.beton.json"])
