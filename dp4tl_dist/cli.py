@@ -97,11 +97,17 @@ def check_output_was_seen(args: argparse.Namespace) -> None:
         warn(f"stdout could not be written ({reason}): what it was told is lost, and all else is done")
 
 
+RELIEF = (
+    "raise train.accumulate or set engine.activation_checkpointing, which leave the recipe as it is, "
+    "or lower train.batch_size or data.num_workers"
+)
+
+
 def out_of_memory(error: BaseException) -> str:
     """What to tell where memory was the reason, the host's or the GPU's; empty where it was not."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"out of memory ({text or type(error).__name__}): lower train.batch_size or data.num_workers"
+        return f"out of memory ({text or type(error).__name__}): {RELIEF}"
     return ""
 
 

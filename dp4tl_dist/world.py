@@ -131,7 +131,6 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
         interface = interface_towards(peer_node(os.environ))
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
         store=meet(world.master, rank=world.rank, num_ranks=world.num_ranks, timeout_s=timeout_s),

@@ -63,13 +63,16 @@ class Steps(EpochIterator):
 
     def __init__(self, plan: SimpleNamespace, batches: Sequence[NDArray[np.int64]]) -> None:
         on_cuda = plan.device.type == "cuda"
-        with torch.cuda.device(plan.device) if on_cuda else contextlib.nullcontext():
+        # The ring's buffers are made here and filled in the thread, which is not in the consumer's inference mode.
+        with torch.inference_mode(False), torch.cuda.device(plan.device) if on_cuda else contextlib.nullcontext():
             super().__init__(plan, _Ragged(batches, plan.batch_size))
 
     def run(self) -> None:
         """The thread: batches in the ring's slots, then None; or the error that ended it."""
         reusable: list[Any] = [None] * len(self.cuda_streams)  # for each slot, the event that its last use is over
         try:
+            if self.loader.device.type == "cuda":  # a new thread's is GPU 0, where it would make a context of its own
+                torch.cuda.set_device(self.loader.device)
             for step, batch in enumerate(self.iter_ixes):
                 slot = step % len(reusable)
                 if self.cuda_streams[slot] is not None:

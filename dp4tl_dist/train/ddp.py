@@ -14,6 +14,8 @@ from dp4tl_dist.train.recompute import recompute_blocks
 from dp4tl_dist.train.task import Task
 from dp4tl_dist.world import World
 
+MOST_SHAPES = 64  # graphs of one function; beyond them torch goes on without compiling
+
 
 class DDPEngine:
     """Gradients averaged by torch's DistributedDataParallel; a single rank runs the bare module."""
@@ -48,7 +50,12 @@ class DDPEngine:
                 find_unused_parameters=not self.cuda and self.world.num_ranks > 2,
             )
         self.ddp = wrapped if wrapped is not module else None
-        return torch.compile(wrapped) if self.compiled else wrapped
+        if not self.compiled:
+            return wrapped
+        # One graph for each resolution of a ramp: one for all of them has symbolic shapes, and slower kernels.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_SHAPES)
+        return torch.compile(wrapped, dynamic=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 where it is on, else nothing."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,8 @@ def recompute_blocks(module: nn.Module) -> None:
 def _forward(block: nn.Module, forward: Any, *inputs: Any) -> Any:
     if not block.training:
         return forward(*inputs)
+    if torch.compiler.is_compiling():  # the compiled backward pass computes again what it needs, and updates nothing
+        return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=functools.partial(_contexts, block))
 
 

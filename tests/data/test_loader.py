@@ -107,6 +107,22 @@ def test_leaving_and_resuming_gives_the_same_pixels(beton: Beton, reference: lis
     np.testing.assert_array_equal(images + rest, reference[0])
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_batches_on_a_device_come_in_inference_mode(
+    beton: Beton, reference: list[np.ndarray], mode: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the stages of a GPU, though the device is the CPU: the ring's buffers are tensors then."""
+    real = decode.PipelineSpec
+
+    def with_move(name: str, first: object, rest: list[object]) -> object:
+        return real(name, first, [rest[0], decode.ToDevice(torch.device("cpu"), non_blocking=True), *rest[1:]])
+
+    monkeypatch.setattr(decode, "PipelineSpec", with_move)
+    with mode():
+        found = pixels(BetonLoader(beton), cut(np.arange(NUM_SAMPLES), 8), VIEWS[0])
+    np.testing.assert_array_equal(found, reference[0])
+
+
 def test_epochs_may_run_side_by_side(beton: Beton, reference: list[np.ndarray]) -> None:
     loader, batches = BetonLoader(beton, num_workers=2), cut(np.arange(NUM_SAMPLES), 20)
     pairs = zip(batches, loader.epoch(batches, VIEWS[0]), loader.epoch(batches, VIEWS[2]), strict=True)

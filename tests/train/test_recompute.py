@@ -24,13 +24,15 @@ def images(count: int, side: int, *, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def trained(world: World, arch: str, *, recompute: bool) -> tuple[list[float], dict[str, NDArray[np.float32]]]:
+def trained(
+    world: World, arch: str, *, recompute: bool, compiled: bool = False
+) -> tuple[list[float], dict[str, NDArray[np.float32]]]:
     """The losses of three steps in two micro-batches, and weights and buffers after them."""
     torch.manual_seed(1)
     model = build_model(arch, 4).train()
     engine = DDPEngine(
         world, Supervised(model), OptimConfig(batch_size=8, accumulate=2, clip_norm=1.0),
-        EngineConfig(precision="fp32", activation_checkpointing=recompute),
+        EngineConfig(precision="fp32", activation_checkpointing=recompute, compile="on" if compiled else "off"),
     )  # fmt: skip
     losses = []
     for step in range(3):
@@ -50,6 +52,18 @@ def test_the_same_bits_with_and_without(num_ranks: int) -> None:
         assert plain[1].keys() == recomputed[1].keys()
         assert all(np.array_equal(value, recomputed[1][name]) for name, value in plain[1].items())
         assert plain[1]["blocks.0.bn1.num_batches_tracked"] == 6  # two micro-batches a step, each counted once
+
+
+def test_the_same_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the running statistics: each micro-batch counts once, whatever is computed again."""
+    real = torch.compile  # here everything but the making of kernels
+    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend="aot_eager", **options))
+    eager = trained(World(), "resnet_tiny", recompute=False)
+    for recompute in (False, True):
+        losses, state = trained(World(), "resnet_tiny", recompute=recompute, compiled=True)
+        np.testing.assert_allclose(losses, eager[0], rtol=1e-4)
+        for name, value in eager[1].items():
+            np.testing.assert_allclose(state[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
