@@ -216,3 +216,23 @@ def test_overrides_of_any_shape() -> None:
             assert isinstance(apply_overrides({}, [override])["a"], str)
         except UserError as error:
             assert "is not of the form" in str(error)
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["info", LONG],
+        ["prune", "--source", LONG, "--random", "classes", "--keep", "0.5", "--out", "o.npz"],
+        ["train", "--config", f"{LONG}.toml", "--out", "o"],
+        ["write", "--images", LONG, "--out", "o.beton"],
+        ["run", "--config", "demo", "--out", LONG, "--dry-run"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_paths_longer_than_the_system_takes(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in told and len(told) < 2100
