@@ -79,7 +79,8 @@ def carry_out(argv: Sequence[str] | None) -> int:
         if isinstance(error, LostRank):
             return fail(EXIT_FAILURE, str(error), lost=True)
         if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
-            return fail(EXIT_BAD_INPUT, f"cannot use {os.fsdecode(error.filename)} ({error.strerror})")
+            short = UserError(f"cannot use {os.fsdecode(error.filename)} ({error.strerror})")
+            return fail(EXIT_BAD_INPUT, str(short))
         return fail(EXIT_FAILURE, out_of_memory(error) or f"{error or type(error).__name__}")
     except Exception as error:  # a defect: show where, and still tell whoever started this rank
         traceback.print_exc()
