@@ -7,8 +7,19 @@ from typing import Any
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import folder_lock, write_json
 from dp4tl_dist.launcher import StageProcess
-from dp4tl_dist.log import say
-from dp4tl_dist.records import finish, is_done, plan, prepare, read_record, record_path, stage_key
+from dp4tl_dist.log import say, warn
+from dp4tl_dist.records import (
+    check_folder,
+    finish,
+    finished,
+    is_done,
+    plan,
+    prepare,
+    record_path,
+    settle,
+    skip,
+    stage_key,
+)
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Stage
 from dp4tl_dist.table import collect, write_table
@@ -23,12 +34,14 @@ def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
         return
     with folder_lock(out):
         write_json(out / "config.json", config.model_dump(mode="json"))
+        check_folder(graph)
         stages = list(graph.stages.values())
         for i, stage in enumerate(stages):
             label = f"[{i + 1:>{len(str(len(stages)))}}/{len(stages)}] {stage.name}"
-            record = read_record(graph, stage)
+            record = settle(graph, stage)
             key = stage_key(graph, stage)
-            if is_done(stage, record, key):
+            if is_done(stage, finished(record), key):
+                skip(graph, stage, record)
                 say(f"{label}: done before, skipped")
             else:
                 carry_out(graph, stage, record, key, label)
@@ -48,13 +61,16 @@ def carry_out(graph: Graph, stage: Stage, record: dict[str, Any], key: str, labe
     record = prepare(graph, stage, record, key)
     before, started = float(record["seconds"]), time.monotonic()
     nproc = graph.config.nproc if stage.distributed else 1
-    process = StageProcess(stage.argv, nproc=nproc, log=graph.out / "logs" / f"{stage.name}.log", label=label)
+    log = graph.out / "logs" / f"{stage.name}.log"
     try:
-        process.run()
+        StageProcess(stage.working_argv, nproc=nproc, log=log, label=label).run()
     except (UserError, RuntimeError) as error:
         record = {**record, "error": str(error)}  # it still counts as running: the next run goes on with it
         raise
     finally:
         seconds = round(before + time.monotonic() - started, 3)
-        write_json(record_path(graph, stage), {**record, "seconds": seconds})
+        try:
+            write_json(record_path(graph, stage), {**record, "seconds": seconds})
+        except UserError as problem:  # what the stage itself ended with is what matters
+            warn(str(problem))
     finish(graph, stage, record, seconds=seconds, nproc=nproc)

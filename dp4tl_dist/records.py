@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,37 @@ from dp4tl_dist.data.folder import check_broken, read_folder
 from dp4tl_dist.data.walk import listing_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
-from dp4tl_dist.revisions import revision
+from dp4tl_dist.log import warn
+from dp4tl_dist.outputs import forget_tries, has_try, open_beside, refuse_foreign, refuse_links, take_place, tidy
+from dp4tl_dist.revisions import FORMATS, revision
 from dp4tl_dist.stages import Graph, Stage
+
+DAMAGED = "damaged"
+UNREADABLE: dict[str, Any] = {"status": DAMAGED, "finished": {"status": DAMAGED}}
+"""In place of a record that cannot be read. The stage counts as not done, and what is in its place as the run's own:
+it is replaced, though not before its replacement is complete."""
 
 
 def plan(graph: Graph) -> list[tuple[Stage, str]]:
-    """Each stage with what `run` would do: "skip", "run" or "resume"; what follows from a changed stage runs, too."""
+    """Each stage with what `run` would do: "skip", "run", "replace" what is there, or "resume" an unfinished try.
+
+    What follows from a changed stage runs, too. UserError where an output is in a place that is not this run's.
+    """
     result: list[tuple[Stage, str]] = []
     dirty: set[Path] = set()
+    check_folder(graph)
     for stage in graph.stages.values():
-        if any(path in dirty for path in stage.inputs):
-            why = "run"
-        else:
-            record, key = read_record(graph, stage), stage_key(graph, stage)
-            resumes = record.get("key") == key and record.get("status") == "running"
-            why = "skip" if is_done(stage, record, key) else "resume" if resumes else "run"
-        if why != "skip" and stage.argv[0] == "write":
+        known = not any(path in dirty for path in stage.inputs)
+        key = stage_key(graph, stage) if known else ""
+        if known and is_done(stage, finished(read_record(graph, stage)), key):
+            result.append((stage, "skip"))
+            continue
+        refuse_links(stage)
+        if stage.argv[0] == "write":
             check_images(stage)
-        if why != "skip":
-            dirty |= {stage.output, *stage.also}
-        result.append((stage, why))
+        there = any(path.exists() for path in stage.outputs)
+        result.append((stage, "resume" if known and has_try(stage, key) else "replace" if there else "run"))
+        dirty |= set(stage.outputs)
     return result
 
 
@@ -45,43 +55,101 @@ def check_images(stage: Stage) -> None:
             check_broken(read_folder(images), skip_bad="--skip-bad" in stage.argv)
 
 
+def check_folder(graph: Graph) -> None:
+    """Refuse a run folder of another format of records, and outputs in it that it did not make: UserError."""
+    for stage in graph.stages.values():
+        record = read_record(graph, stage)
+        found = record.get("format", 0)
+        if found != FORMATS["record"] and record.get("status") not in (None, DAMAGED):
+            made = "dp4tl 0.1" if found == 0 else "another dp4tl"
+            raise UserError(
+                f"{graph.out} is a run of {made}: it can be read and reported, and not gone on with: choose another "
+                "--out (finished betons can be named as its source and targets)"
+            )
+        refuse_other(stage, record)
+
+
+def refuse_other(stage: Stage, record: dict[str, Any]) -> None:
+    """UserError where something is in the place of a stage that never finished."""
+    if not finished(record):
+        refuse_foreign(stage)
+
+
+def finished(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of the outputs that are in their place, or are being moved there; {} where there are none."""
+    found = record if record.get("status") == "done" else record.get("swap") or record.get("finished")
+    return found if isinstance(found, dict) else {}
+
+
 def prepare(graph: Graph, stage: Stage, record: dict[str, Any], key: str) -> dict[str, Any]:
-    """Make way for the stage and record that it runs. Returns its record, with what an interrupted try had spent."""
-    resumes = record.get("key") == key and record.get("status") == "running"
-    if not resumes:
-        record = {"name": stage.name, "key": key, "seconds": 0.0}
-        shutil.rmtree(stage.output.with_name(stage.output.name + ".run"), ignore_errors=True)
-    for old in (stage.output, *stage.also):
-        # A run folder is continued; a file that the last attempt made before it was cut off would be in the way.
-        if not old.is_dir():
-            old.unlink(missing_ok=True)
-        elif not resumes:
-            shutil.rmtree(old)
+    """Make a place beside the stage's output, and record that it runs. Returns its record, with what an interrupted
+    try had spent, and with that of the outputs that are there until then."""
+    path = record_path(graph, stage)
+    if record.get("status") == DAMAGED:
+        warn(f"{path} is damaged: {stage.name} counts as not done, and is made again")
+    refuse_links(stage)
+    refuse_other(stage, record)
+    resumes = record.get("key") == key and record.get("status") != "done" and has_try(stage, key)
+    open_beside(stage, key)
     if stage.config is not None:
         write_json(graph.config_path(stage.name), stage.config)
-    stage.output.parent.mkdir(parents=True, exist_ok=True)
-    record.pop("error", None)
-    record = {**record, "status": "running", "argv": list(stage.argv), "version": __version__}
-    write_json(record_path(graph, stage), record)
-    return record
+    begun = {
+        "name": stage.name, "key": key, "seconds": record.get("seconds", 0.0) if resumes else 0.0, "status": "running",
+        "argv": list(stage.argv), "version": __version__, "format": FORMATS["record"],
+    }  # fmt: skip
+    before = finished(record)
+    begun |= {"finished": before} if before else {}
+    write_json(path, begun)
+    return begun
 
 
 def finish(graph: Graph, stage: Stage, record: dict[str, Any], *, seconds: float, nproc: int) -> None:
-    """Record that the stage is done."""
-    done = {"status": "done", "seconds": max(seconds, spent_inside(stage)), "argv": list(stage.argv)}
-    write_json(record_path(graph, stage), {**record, **done, "output": output_digest(stage), "nproc": nproc})
+    """Put what the stage made in its place, and record that it is done. RuntimeError where something was not made."""
+    missing = [path for path in stage.outputs if not stage.unfinished(path).exists()]
+    if missing:
+        raise RuntimeError(f"{stage.name} ended without a word, and {missing[0]} was not made")
+    kept = {name: value for name, value in record.items() if name not in ("finished", "swap", "error")}
+    done = {**kept, "status": "done", "seconds": max(seconds, spent_inside(stage)), "nproc": nproc}
+    done["output"] = " ".join(content_digest(stage.unfinished(path)) for path in stage.outputs)
+    refuse_links(stage)
+    refuse_other(stage, record)
+    # From here on the outputs are complete, and moving them is only a matter of doing it: see `settle`.
+    write_json(record_path(graph, stage), {**record, "swap": done})
+    settle(graph, stage)
+    forget_tries(stage)
+
+
+def settle(graph: Graph, stage: Stage) -> dict[str, Any]:
+    """The stage's record, once outputs that were being moved to their place are there, and all that is left of it and
+    of a try that was given up is cleared."""
+    record = read_record(graph, stage)
+    if isinstance(record.get("swap"), dict):
+        take_place(stage)
+        record = record["swap"]
+        write_json(record_path(graph, stage), record)
+    if record.get("status") == "done":
+        tidy(stage, str(record.get("key")))
+    return record
+
+
+def skip(graph: Graph, stage: Stage, record: dict[str, Any]) -> None:
+    """Record that the stage is done as it is, also where it was tried otherwise since."""
+    if record.get("status") != "done":
+        write_json(record_path(graph, stage), finished(record))
 
 
 def spent_inside(stage: Stage) -> float:
     """The seconds that a training stage counted itself: they outlive a killed `dp4tl run`."""
-    return float(newest_meta(stage.output).get("seconds", 0.0)) if stage.argv[0] == "train" else 0.0
+    if stage.argv[0] != "train":
+        return 0.0
+    return float(newest_meta(stage.unfinished(stage.output)).get("seconds", 0.0))
 
 
 def is_done(stage: Stage, record: dict[str, Any], key: str) -> bool:
     """Whether the stage finished under the same key and its outputs are still what they were then."""
     if record.get("status") != "done" or record.get("key") != key:
         return False
-    return all(path.exists() for path in (stage.output, *stage.also)) and record.get("output") == output_digest(stage)
+    return all(path.exists() for path in stage.outputs) and record.get("output") == output_digest(stage)
 
 
 def stage_key(graph: Graph, stage: Stage) -> str:
@@ -109,7 +177,7 @@ def stage_key(graph: Graph, stage: Stage) -> str:
 
 
 def output_digest(stage: Stage) -> str:
-    return " ".join(content_digest(path) for path in (stage.output, *stage.also))
+    return " ".join(content_digest(path) for path in stage.outputs)
 
 
 def content_digest(path: Path) -> str:
@@ -140,6 +208,12 @@ def record_path(graph: Graph, stage: Stage) -> Path:
 
 
 def read_record(graph: Graph, stage: Stage) -> dict[str, Any]:
+    """A stage's record: {} where there is none, and UNREADABLE where it is damaged."""
     path = record_path(graph, stage)
-    record = read_json(path) if path.exists() else {}
-    return record if isinstance(record, dict) else {}
+    if not path.exists():
+        return {}
+    try:
+        record = read_json(path)
+    except UserError:
+        return UNREADABLE
+    return record if isinstance(record, dict) and "status" in record else UNREADABLE

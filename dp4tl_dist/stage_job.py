@@ -24,7 +24,7 @@ from dp4tl_dist.launcher import ERROR_FILE
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.nodes import life
 from dp4tl_dist.pipeline import carry_out, conclude
-from dp4tl_dist.records import finish, is_done, prepare, read_record, record_path, stage_key
+from dp4tl_dist.records import finish, finished, is_done, prepare, read_record, record_path, settle, skip, stage_key
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Stage
 from dp4tl_dist.version import code_digest
@@ -48,7 +48,7 @@ def run_here(config: str, out: str, name: str) -> None:
     graph = Graph(load_config(RunConfig, config), Path(out))
     stage = graph.stages[name]
     try:
-        carry_out(graph, stage, read_record(graph, stage), stage_key(graph, stage), name)
+        carry_out(graph, stage, settle(graph, stage), stage_key(graph, stage), name)
     except (UserError, RuntimeError) as error:
         write_json(record_path(graph, stage), {**read_record(graph, stage), "status": "failed", "error": str(error)})
         raise
@@ -62,8 +62,9 @@ def begin(graph: Graph, stage: Stage) -> int:
             f"the code has changed since the submission ({submitted}, now {now}), and this job runs what is there now: "
             "submit again, or with --snapshot"
         )
-    record, key = read_record(graph, stage), stage_key(graph, stage)
-    if is_done(stage, record, key):
+    record, key = settle(graph, stage), stage_key(graph, stage)
+    if is_done(stage, finished(record), key):
+        skip(graph, stage, record)
         say(f"{stage.name}: done before, skipped")
         return EXIT_DONE_BEFORE
     record = prepare(graph, stage, record, key)
@@ -80,13 +81,12 @@ def end(graph: Graph, stage: Stage, code: int, *, max_restarts: int) -> int:
     seconds = float(record.get("seconds", 0.0)) + time.time() - float(record.get("began", time.time()))
     seconds = round(seconds, 3)
     if code == EXIT_DONE:
-        missing = [path for path in (stage.output, *stage.also) if not path.exists()]
-        if not missing:
+        try:
             finish(graph, stage, record, seconds=seconds, nproc=int(os.environ.get("SLURM_NTASKS", "1")))
             return EXIT_DONE
-        code = EXIT_FAILURE
-        write_json(record_path(graph, stage), {**record, "status": "failed", "error": f"{missing[0]} was not made"})
-        return code
+        except RuntimeError as problem:
+            write_json(record_path(graph, stage), {**record, "status": "failed", "error": str(problem)})
+            return EXIT_FAILURE
     write_json(record_path(graph, stage), {**record, "seconds": seconds})
     error = read_error()
     code = ended(code, error)

@@ -179,7 +179,7 @@ def start(what: Submission, stage: Stage, dependency: str, *, dry_run: bool) -> 
         line = ["report", "--config", str(what.config), "--out", str(what.graph.out)]
         job = executor.submit(stage_job.become, "dp4tl_dist.stage_job", line)
     else:
-        job = executor.submit(stage_job.become, "dp4tl_dist", stage.argv)
+        job = executor.submit(stage_job.become, "dp4tl_dist", stage.working_argv)
     say(f"{stage.name:<32} {job.job_id:>8}  {job.paths.stdout}")
     return str(job.job_id)
 

@@ -28,7 +28,7 @@ LEVELS = (
     ("influence",),
     ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
     ("report",),
-    ("children", "launcher", "ranks", "records", "table", "info", "doctor", "pipeline", "advise", "stage_job", "jobs"),
+    ("children", "launcher", "ranks", "outputs", "records", "table", "info", "doctor", "pipeline", "advise", "stage_job", "jobs"),
     ("sweep_table", "sweep_surrogates", "sweep_files"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),

@@ -117,7 +117,7 @@ def test_second_run_skips_everything_and_changes_redo_what_follows(root: Path) -
     again = dp4tl(root, *run)
     assert again.returncode == 0 and done_now(again.stdout) == set(), again.stdout
     dry = dp4tl(root, *run, "--dry-run", "--set", "transfer.lp.epochs=4")
-    planned = {line.split()[1] for line in dry.stdout.splitlines() if line.split()[0] == "run"}
+    planned = {line.split()[1] for line in dry.stdout.splitlines() if line.split()[0] == "replace"}
     changed = dp4tl(root, *run, "--set", "transfer.lp.epochs=4")
     transfers = {f"transfer-lp-{arm}-small-s0" for arm in ("dense", "lm@0.5", "random@0.5")}
     assert done_now(changed.stdout) == transfers == planned
@@ -152,7 +152,7 @@ def test_killed_at_any_moment_and_continued(root: Path) -> None:
 def test_stop_signal_saves_and_exits_75(root: Path) -> None:
     run = ("run", "--config", root / "run.toml", "--out", root / "stopped", "--set", "surrogate.train.epochs=2000")
     process = start(root, *run)
-    metrics = root / "stopped" / "surrogate" / "metrics.jsonl"
+    metrics = root / "stopped" / ".surrogate.new" / "surrogate" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -20,14 +20,21 @@ def stages_of(trial: Trial, part: str) -> list[str]:
     return [trial.pretrain] if part == "pretraining" else list(trial.transfers.values())
 
 
-def run_folder(stage: Stage) -> Path:
+def place_of(stage: Stage, *, done: bool) -> Path:
+    """Where the stage's output is, or would be: of one that is not done, what it makes at the moment."""
+    working = stage.unfinished(stage.output)
+    return stage.output if done or not stage.beside.is_dir() else working
+
+
+def run_folder(stage: Stage, *, done: bool) -> Path:
     """Where a training or transfer stage writes its metrics."""
-    return stage.output.with_name(stage.output.name + ".run") if stage.argv[0] == "transfer" else stage.output
+    path = place_of(stage, done=done)
+    return path.with_name(path.name + ".run") if stage.argv[0] == "transfer" else path
 
 
-def meta_of(stage: Stage) -> Any:
+def meta_of(stage: Stage, *, done: bool) -> Any:
     """The meta that the stage's output carries; None where there is no output yet."""
-    verb, path = stage.argv[0], stage.output
+    verb, path = stage.argv[0], place_of(stage, done=done)
     if verb == "train":
         metas = sorted((path / "checkpoints").glob("step_*/meta.json"))
         return read_json(metas[-1]) if metas else None

@@ -115,7 +115,7 @@ class Run:
         found = {}
         for name, stage in self.graph.stages.items():
             if stage.distributed and stage.argv[0] in ("train", "transfer"):
-                path = run_folder(stage) / "metrics.jsonl"
+                path = run_folder(stage, done=self.status(name) == "done") / "metrics.jsonl"
                 lines = self.attempt(read_jsonl, path)
                 if lines:
                     found[name] = [line for line in lines if isinstance(line, dict)]
@@ -124,7 +124,10 @@ class Run:
     @cached_property
     def metas(self) -> dict[str, dict[str, Any]]:
         """What each stage's output says of itself (of a training: its newest checkpoint); {} while there is none."""
-        read = {name: self.attempt(meta_of, stage) for name, stage in self.graph.stages.items()}
+        read = {
+            name: self.attempt(meta_of, stage, done=self.status(name) == "done")
+            for name, stage in self.graph.stages.items()
+        }
         return {name: found if isinstance(found, dict) else {} for name, found in read.items()}
 
     @cached_property

@@ -92,7 +92,7 @@ def test_submitted_on_three_nodes_and_preempted(cluster: Any, place: Path) -> No
     with ThreadPoolExecutor() as aside:
         submitted = aside.submit(submit, cluster, place, "--wait")
         # In the midst of the surrogate's training a job with higher priority takes one of its nodes.
-        cluster.until(lambda: (run / "surrogate/metrics.jsonl").exists() or submitted.done())
+        cluster.until(lambda: (run / ".surrogate.new/surrogate/metrics.jsonl").exists() or submitted.done())
         cluster.sbatch("--partition=urgent", "--nodelist=test1", "--exclusive", "--wrap=sleep 1", "--output=urgent.log",
                        cwd=place)  # fmt: skip
         done = submitted.result()
