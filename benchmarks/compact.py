@@ -15,11 +15,11 @@ import images
 import numpy as np
 from harness import Bench, Case
 
+from dp4tl_dist.atomic import atomic_file
 from dp4tl_dist.data.beton import open_beton
 from dp4tl_dist.data.compact import compact
 from dp4tl_dist.data.subset import Subset, save_subset
 from dp4tl_dist.data.write import WriteOptions, write_samples
-from dp4tl_dist.files import atomic_file
 from dp4tl_dist.prune.select import random_choice
 
 

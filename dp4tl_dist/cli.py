@@ -36,12 +36,15 @@ UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 2 bad input, 75 stopped and saved, 1 a failure of its own."""
     listens = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGUSR2, stop_at_once) if listens else None
+    # A rank among others may be waiting for them in a call that no handler reaches: SIGTERM is to end it at once.
+    alone = all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    numbers = [signal.SIGUSR2, *([signal.SIGTERM] if alone else [])]
+    before = {number: signal.signal(number, stop_at_once) for number in numbers} if listens else {}
     try:
         return carry_out(argv)
     finally:
-        if listens:
-            signal.signal(signal.SIGUSR2, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         leave()
 
 

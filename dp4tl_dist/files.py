@@ -9,12 +9,10 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shlex
-import shutil
 import sys
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist import __version__
+from dp4tl_dist.atomic import atomic_file, check_writable, sweep
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.inputs import check_plain, open_plain, read_text
 from dp4tl_dist.machine import hardware
@@ -33,71 +32,38 @@ MAX_JSON_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 64 << 30
 
 
-# ---------------------------------------------------------------- atomic writes
+# ---------------------------------------------------------------- outputs and locks
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists (unless `force`) or whose folder cannot be made or written."""
+def check_output(
+    path: Path, *, force: bool, inputs: Iterable[Path | str | None] = (), also: Iterable[Path] = ()
+) -> None:
+    """Refuse an output that exists (unless `force`), that is one of the `inputs`, or whose folder cannot be made or
+    written; remove what killed writers of it left. also: further files that are replaced with it."""
     if path.exists() and not force:
         raise UserError(f"{path} exists: choose another --out or add --force to replace it")
+    keep_inputs([path, *also], inputs)
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --out") from error
-    probe = folder / f".{path.name}.{secrets.token_hex(4)}.probe"
     try:
-        probe.touch()
-        probe.unlink()
+        check_writable(folder)
+        sweep(path)
     except OSError as error:
         raise UserError(f"cannot write in {folder} ({error.strerror}): choose another --out") from error
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success fsync it and rename it to `path`, otherwise remove it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise UserError(f"cannot write {path} ({error.strerror}): free some space or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only file system even removing what is not there is an error
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder: complete or absent. An older folder of that name is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for item in temporary.iterdir():
-            with open(item, "rb") as handle:
-                os.fsync(handle.fileno())
-        fsync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Refuse an output that is an input, by whatever name, lies in an input, or holds one: replacing it would destroy
+    what is read. UserError. Inputs that are None, empty or not there count as none."""
+    given = [Path(path) for path in inputs if path and Path(path).exists()]
+    for output in outputs:
+        for path in given if output.exists() else ():
+            a, b = output.resolve(), path.resolve()
+            if output.samefile(path) or (path.is_dir() and b in a.parents) or (output.is_dir() and a in b.parents):
+                raise UserError(f"{output} is an input as well ({path}), and would be replaced: choose another --out")
 
 
 @contextlib.contextmanager

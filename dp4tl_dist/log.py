@@ -196,7 +196,7 @@ def _table(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the lines of a .jsonl file that lie past `step`, atomically."""
-    from dp4tl_dist.files import atomic_file
+    from dp4tl_dist.atomic import atomic_file
 
     if path.exists():
         kept = [line for line in read_jsonl(path) if line["step"] <= step]

@@ -9,8 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from dp4tl_dist.atomic import fsync_folder
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import fsync_folder
 from dp4tl_dist.stage import Stage
 
 KEY = ".key"

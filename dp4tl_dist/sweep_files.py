@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dp4tl_dist.atomic import atomic_file
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import atomic_file, write_json
+from dp4tl_dist.files import write_json
 from dp4tl_dist.log import say
 from dp4tl_dist.stages import Graph
 from dp4tl_dist.sweep_surrogates import study_agreement, study_surrogates

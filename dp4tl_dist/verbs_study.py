@@ -148,6 +148,7 @@ def run_influence(args: argparse.Namespace) -> None:
         raise UserError(f"--worker {args.worker} is not of the form I/N with I from 0 to N - 1, like 0/4")
     masks = [f"masks={args.masks}"] if args.masks is not None else []
     config = load_config(InfluenceConfig, args.config, [*args.set, *masks])
-    check_output(args.out, force=args.force)
+    store = args.out.with_name(args.out.name + ".run")
+    check_output(args.out, force=args.force, inputs=[config.source, config.target, args.config], also=[store])
     with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
         influence(config, out=args.out, worker=(int(index), int(count)), world=world, force=args.force)

@@ -56,7 +56,8 @@ def run_transfer(args: argparse.Namespace) -> None:
     flags = [f"{name}=true" for name in ("cached", "robust") if getattr(args, name)]
     content = apply_overrides(content, [*args.set, *flags])
     config = validate(TransferConfig, recipe(args.mode, content), source=args.config or "--set")
-    check_output(args.out, force=args.force)
+    read = [args.checkpoint, args.train, args.test, args.config]
+    check_output(args.out, force=args.force, inputs=read, also=[args.out.with_name(args.out.name + ".run")])
 
     from dp4tl_dist.transfer import transfer
     from dp4tl_dist.world import joined

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dp4tl_dist.atomic import atomic_file, atomic_folder
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import (
-    atomic_file,
-    atomic_folder,
     check_fingerprint,
     check_output,
     digest_file,

@@ -18,7 +18,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
     ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
-    ("files", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions"),
+    ("files", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
     ("collectives", "rendezvous", "world"),
     ("log", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dp4tl_dist.atomic import atomic_file
 from dp4tl_dist.data.beton_format import (
     ALLOCATION,
     FIELD,
@@ -23,7 +24,7 @@ from dp4tl_dist.data.beton_format import (
 )
 from dp4tl_dist.data.rows import checksum, save_rows
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import atomic_file, write_json
+from dp4tl_dist.files import write_json
 
 PAGE_SIZE = 8 << 20
 SMALL_FILE = 64 << 20

@@ -2,6 +2,7 @@
 
 import argparse
 
+from dp4tl_dist.data.rows import beside
 from dp4tl_dist.data.write import Progress, WriteOptions, WriteReport, read_folder, write_images, write_samples
 from dp4tl_dist.files import check_output
 
@@ -11,7 +12,9 @@ def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
     options = WriteOptions(
         args.max_side, args.quality, args.seed, args.workers, args.skip_bad, args.force, args.reencode
     )
-    check_output(args.out, force=args.force)
+    # What is called like a beton is no image.
+    inputs = [] if args.out.suffix == ".beton" else [args.images]
+    check_output(args.out, force=args.force, inputs=inputs, also=beside(args.out))
     root = None
     if args.images is not None:
         found = read_folder(args.images)

@@ -91,7 +91,7 @@ def cluster(
             f"--batch-size {batch_size} and --iterations {iterations} must be positive, and --tolerance {tolerance} "
             "not negative"
         )
-    on_main(world, lambda: check_output(out, force=force))
+    on_main(world, lambda: check_output(out, force=force, inputs=[surrogate, source]))
     beton = open_beton(source)
     if not 1 <= num_clusters <= beton.num_samples:
         raise UserError(f"--clusters {num_clusters} is not between 1 and the {beton.num_samples} samples of {source}")

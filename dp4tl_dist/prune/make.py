@@ -83,8 +83,9 @@ def prune(
     )  # fmt: skip
     check_choice(choice)
     out_val = out_val or val_path(out)
+    read = [source, *files, influence, scores, list_file, choice.within and choice.within[0], like, apply_to]
     for path in [out] if apply_to is None else [out, out_val]:
-        check_output(path, force=force)
+        check_output(path, force=force, inputs=read)
     beton = open_beton(source)
     config = {
         "source": str(source), "votes": [str(path) for path in files] or None,

@@ -96,7 +96,7 @@ def score(
     one_of("--precision", precision, PRECISIONS)
     rule = METHODS[method]
     _check_options(rule, method, surrogates, targets, full_gradient=full_gradient, batch_size=batch_size)
-    on_main(world, lambda: check_output(out, force=force))
+    on_main(world, lambda: check_output(out, force=force, inputs=[*surrogates, source, *targets]))
     beton, betons = open_beton(source), [open_beton(path) for path in targets]
     inputs = {"source": beton.fingerprint, **{f"target{i}": item.fingerprint for i, item in enumerate(betons)}}
     if rule.reads != "targets":

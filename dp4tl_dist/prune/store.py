@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dp4tl_dist.atomic import atomic_file
 from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import atomic_file, read_json, write_json
+from dp4tl_dist.files import read_json, write_json
 from dp4tl_dist.prune.surrogate import Surrogate, shard
 from dp4tl_dist.prune.votes import largest
 from dp4tl_dist.world import World, all_max, all_sum, on_main

@@ -77,7 +77,7 @@ def vote(
         raise UserError("--clusters are the groups of --method fm: lm votes for the surrogate's classes")
     if batch_size < 1 or not targets:
         raise UserError(f"--batch-size {batch_size} must be positive, and at least one --target given")
-    on_main(world, lambda: check_output(out, force=force))
+    on_main(world, lambda: check_output(out, force=force, inputs=[surrogate, *targets, source, clusters]))
     betons = [open_beton(path) for path in targets]
     origin = None if source is None else open_beton(source)
     if origin is not None and method == "fm" and clusters is None:

@@ -16,7 +16,8 @@ import jinja2
 from markupsafe import Markup
 
 from dp4tl_dist import __version__
-from dp4tl_dist.files import atomic_file
+from dp4tl_dist.atomic import atomic_file
+from dp4tl_dist.files import keep_inputs
 from dp4tl_dist.machine import num_cores, processor
 from dp4tl_dist.report import provenance, sections, tables
 from dp4tl_dist.report.brute_force import forces
@@ -38,6 +39,7 @@ def write_report(out: Path) -> Path:
     """
     page = render(read_run(out))
     path = out / "report.html"
+    keep_inputs([path], [out / "config.json", *out.glob("stages/*.json"), *out.glob("*/*.npz")])
     with atomic_file(path) as temporary:
         # File names that are not text reach Python as lone surrogates, which no encoding takes.
         temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from dp4tl_dist.atomic import atomic_folder
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import atomic_folder, digest_file, read_json
+from dp4tl_dist.files import digest_file, read_json
 from dp4tl_dist.log import warn
 from dp4tl_dist.models import build_model, head_name
 from dp4tl_dist.revisions import check_format

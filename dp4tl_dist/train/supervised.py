@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.data.subset import load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file, folder_lock
+from dp4tl_dist.files import digest_file, folder_lock, keep_inputs
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.models import build_model, check_arch
 from dp4tl_dist.sides import misfit
@@ -44,8 +44,10 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
     A run that is there already is continued; `force` starts afresh. All ranks call it.
     """
     job = make_job(config, out=out, world=world)
+    data = config.data
+    inputs = (config.model.init, data.train, data.val, data.subset, data.val_subset, data.steps_of)
     with contextlib.ExitStack() as held:
-        on_main(world, lambda: held.enter_context(claimed(out, force=force)))
+        on_main(world, lambda: held.enter_context(claimed(out, force=force, inputs=inputs)))
         fit = Fit(job, world)
         meta = fit.run()
     return meta
@@ -158,7 +160,7 @@ def make_task(config: TrainConfig, model: nn.Module, world: World) -> Task:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, *, force: bool) -> Iterator[None]:
+def claimed(out: Path, *, force: bool, inputs: Sequence[str] = ()) -> Iterator[None]:
     """Hold a run folder for this process: a run's own (to go on), an empty one, or with `force` any.
 
     Called once all inputs are known to be good, so that a refused run leaves no folder behind.
@@ -170,6 +172,8 @@ def claimed(out: Path, *, force: bool) -> Iterator[None]:
     foreign = [name for name in items if not name.startswith(".") and name not in (*OWN, "tensorboard")]
     if foreign and not (out / "checkpoints").is_dir() and not (out / "metrics.jsonl").exists() and not force:
         raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
+    if force:
+        keep_inputs([out / "checkpoints", *(out / name for name in OWN)], inputs)
     with folder_lock(out):
         if force:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
