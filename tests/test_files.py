@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dp4tl_dist.atomic import atomic_file, atomic_folder
+from dp4tl_dist.atomic import NODE, atomic_file, atomic_folder
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import (
     check_fingerprint,
@@ -92,7 +92,7 @@ def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path, before: bool) -
 @pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
 def test_sigkill_leaves_only_a_hidden_temporary(tmp_path: Path, kind: str) -> None:
     code = (
-        "import sys, time, pathlib, dp4tl_dist.files as files\n"
+        "import sys, time, pathlib, dp4tl_dist.atomic as files\n"
         f"with files.{kind}(pathlib.Path(sys.argv[1])) as temporary:\n"
         "    (temporary / 'x' if temporary.is_dir() else temporary).write_text('half')\n"
         "    print('ready', flush=True)\n"
@@ -104,6 +104,39 @@ def test_sigkill_leaves_only_a_hidden_temporary(tmp_path: Path, kind: str) -> No
     (left,) = names(tmp_path)
     assert left.startswith(".out.") and left.endswith(".tmp")
     check_output(tmp_path / "out", force=False)
+    assert names(tmp_path) == []
+
+
+def test_what_a_living_writer_or_another_machines_holds_is_left(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "out") as held, atomic_folder(tmp_path / "folder") as folder:
+        other = tmp_path / f".out.{int(NODE, 16) ^ 1:08x}00000000.tmp"
+        other.touch()
+        for name in ("out", "folder"):
+            check_output(tmp_path / name, force=True)
+        with atomic_file(tmp_path / "out") as second:
+            second.write_text("second")
+        held.write_text("first")
+        assert held.exists() and folder.is_dir() and other.exists()
+        os.utime(other, (0, 0))
+        check_output(tmp_path / "out", force=True)
+        assert not other.exists()
+    assert (tmp_path / "out").read_text() == "first" and names(tmp_path) == ["folder", "out"]
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_write_leaves_nothing_once_it_runs_again(tmp_path: Path, ended_by: signal.Signals) -> None:
+    line = [sys.executable, "-m", "dp4tl_dist", "write", "--synthetic", "source/train", "--workers", "1", "--out",
+            str(tmp_path / "o.beton")]  # fmt: skip
+    for number in (ended_by, signal.SIGTERM):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = set(tmp_path.glob(".o.beton.*.tmp"))
+        while process.poll() is None and not set(tmp_path.glob(".o.beton.*.tmp")) - before:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=100)
+        if number != signal.SIGKILL:
+            assert names(tmp_path) == []
+            assert process.returncode == (75 if number == signal.SIGTERM else 130) and len(told.splitlines()) == 1
 
 
 def test_check_output_refuses_what_exists_without_force(tmp_path: Path) -> None:
