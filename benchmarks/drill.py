@@ -224,14 +224,15 @@ def main() -> int:
     return 1 if lost or stray or left else 0
 
 
-def record(result: dict[str, Any]) -> None:
+def record(result: dict[str, Any], *, name: str = "drill", script: Path = Path(__file__)) -> None:
+    """Keep a drill's result in benchmarks/results."""
     now, machine = datetime.datetime.now(datetime.timezone.utc), harness.machine()
-    content = {"name": "drill", "date": now.isoformat(timespec="seconds"),
-               "command": shlex.join(["python", "benchmarks/drill.py", *sys.argv[1:]]), "machine": machine,
+    content = {"name": name, "date": now.isoformat(timespec="seconds"),
+               "command": shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]), "machine": machine,
                "versions": harness.versions(), "git": harness.git(),
-               "source_hash": harness.source_hash(Path(__file__)), "result": result}  # fmt: skip
+               "source_hash": harness.source_hash(script), "result": result}  # fmt: skip
     harness.RESULTS.mkdir(exist_ok=True)
-    path = harness.RESULTS / f"{now.date()}_drill_{machine['name']}.json"
+    path = harness.RESULTS / f"{now.date()}_{name}_{machine['name']}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path.relative_to(harness.ROOT)}", file=sys.stderr)
 
