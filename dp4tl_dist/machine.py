@@ -78,15 +78,29 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
+INSTRUCTIONS = ("amx_tile", "avx512f", "avx2", "avx", "sse4_1", "sve2", "sve", "asimd")
+"""Those that decide which kernels compute, and so how sums are rounded; the widest of a kind first."""
+
+
+@functools.cache
+def instructions() -> str:
+    """The widest vector instructions that this processor has, as the system calls them; empty where it tells none."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return next((name for name in INSTRUCTIONS if name in flags), "")
+
+
 def hardware() -> dict[str, Any]:
-    """What an artefact is made on: the processor, the machine's cores, and the GPUs that this process has begun to use.
+    """What an artefact is made on: the processor, its widest instructions, the machine's cores, and the GPUs that this
+    process has begun to use.
 
     Plain JSON types. The cores are the machine's own, so that ranks and pinned processes write the same bytes.
     """
     torch, gpus = sys.modules.get("torch"), list[str]()
     if torch is not None and torch.cuda.is_initialized():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"processor": processor(), "cores": os.cpu_count(), "gpus": gpus}
+    return {"processor": processor(), "instructions": instructions(), "cores": os.cpu_count(), "gpus": gpus}
 
 
 def num_cores() -> int:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dp4tl_dist.config import CheckpointConfig, DataConfig
 from dp4tl_dist.data.beton import Beton, check_apart, open_beton
 from dp4tl_dist.data.loader import BetonLoader, CentreView
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.exact import Parts, rows_at_once
 from dp4tl_dist.files import digest_file, make_meta, write_json
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.models import build_model, check_arch, head_name, normalise, replace_head
@@ -201,11 +202,19 @@ def make_loader(beton: Beton, config: TransferConfig, world: World) -> BetonLoad
 
 
 def cache_features(probe: LinearProbe, split: Split, beton: Beton, view: CentreView, world: World) -> FeatureSource:
-    """Features (samples, dim) float32 of the whole beton under `view`, on every rank, in the beton's order."""
-    backbone = probe.backbone.to(world.device).eval()
+    """Features (samples, dim) float32 of the whole beton under `view`, on every rank, in the beton's order.
+
+    The same bits for any number of ranks and threads (`dp4tl_dist.exact`).
+    """
     batches = inference_batches(split.kept, batch_size=256, num_ranks=world.num_ranks, rank=world.rank)
-    with torch.inference_mode():
-        rows = [backbone(normalise(batch.images)).float().cpu().numpy() for batch in split.source.epoch(batches, view)]
+
+    @torch.inference_mode()
+    def features_of(backbone: nn.Module, images: Tensor) -> tuple[Tensor]:
+        return (backbone(normalise(images)).float(),)
+
+    size = rows_at_once(view.resolution) if world.device == "cpu" else 256
+    with Parts(probe.backbone.to(world.device).eval(), features_of, size=size) as run:
+        rows = [run(batch.images)[0].cpu().numpy() for batch in split.source.epoch(batches, view)]
     mine = np.concatenate([np.zeros((0, probe.head.in_features), np.float32), *rows])
     positions = np.concatenate([np.zeros(0, np.int64), *batches])
     features = torch.from_numpy(gather_rows(world, positions, mine, beton.num_samples))
@@ -229,6 +238,7 @@ def summary(
         **make_meta("transfer", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs),
         "mode": "lp" if config.recipe == "lp" else "ff",
         "cached": config.cached,
+        "num_threads": torch.get_num_threads(),
         **({} if score is None else score.values()),
         "val_top1": chosen["val"]["top1"],
         "epoch": chosen["epoch"],

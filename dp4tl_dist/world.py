@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dp4tl_dist.collectives import all_max, all_sum, alone, barrier, gather_rows, on_main
 from dp4tl_dist.errors import UserError
@@ -108,6 +109,19 @@ def place(world: World, device: str) -> World:
     return replace(world, device=f"cuda:{index}")
 
 
+def threads_asked(environ: Mapping[str, str]) -> int | None:
+    """OMP_NUM_THREADS, where somebody asked for it. torchrun sets 1 where nobody did; what it was itself started with
+    tells the two apart."""
+    text = environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if not text.isdecimal() or not int(text):
+        return None
+    if "TORCHELASTIC_RUN_ID" in environ:
+        with contextlib.suppress(OSError):
+            started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            return int(text) if any(item.startswith(b"OMP_NUM_THREADS=") for item in started_with) else None
+    return int(text)
+
+
 @contextlib.contextmanager
 def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]:
     """Join the other ranks for the length of the block and yield the World.
@@ -119,7 +133,7 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
 
     world = place(detect(os.environ), device)
     if world.device == "cpu":
-        torch.set_num_threads(world.num_workers())
+        torch.set_num_threads(threads_asked(os.environ) or world.num_workers())
     else:
         torch.cuda.set_device(torch.device(world.device))
     if world.num_ranks == 1:

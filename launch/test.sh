@@ -10,8 +10,27 @@ unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 ruff check .
 ruff format --check .
 mypy
-# The tests on a real SLURM start one of their own, where root is there to do so.
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
-    LS_DBD=0 ./tests/cluster/local_slurm.sh install || echo "test.sh: SLURM could not be installed: its tests are skipped" >&2
+# Tests on a real SLURM, and of the report in a real browser: where root is there to install them, none is skipped.
+without() { echo "test.sh: $1: its tests are skipped" >&2; }
+cannot=
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then cannot=yes; fi
+if ! command -v slurmctld >/dev/null; then
+    if [ "$cannot" ]; then
+        without "no SLURM here, and only root can install it (with apt-get)"
+    else
+        LS_DBD=0 ./tests/cluster/local_slurm.sh install || without "SLURM could not be installed"
+    fi
+fi
+if ! command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null; then
+    log="$root/.cache/setup/chromium.log"
+    if [ "$cannot" ]; then
+        without "no Chromium here, and only root can install it (apt-get install chromium)"
+    else
+        echo "test.sh: installing chromium" >&2
+        mkdir -p "${log%/*}"
+        apt-get update </dev/null >"$log" 2>&1 || true # lists of other places may be out of reach
+        DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium </dev/null >>"$log" 2>&1 ||
+            without "Chromium could not be installed (see $log)"
+    fi
 fi
 exec python -m pytest -q "$@"

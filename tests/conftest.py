@@ -32,8 +32,9 @@ def _has_gpu() -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests start as single processes, also inside a SLURM job or under torchrun."""
-    for name in [name for name in os.environ if name in LAUNCHERS or name.startswith("SLURM_")]:
+    """Tests start as single processes, also inside a SLURM job or under torchrun, and with no threads asked for."""
+    out = (*LAUNCHERS, "OMP_NUM_THREADS")
+    for name in [name for name in os.environ if name in out or name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
 
 

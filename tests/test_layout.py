@@ -20,7 +20,7 @@ LEVELS = (
     ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
     ("files", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
     ("collectives", "rendezvous", "world"),
-    ("log", "models", "recipes", "influence_config", "train.checkpoint"),
+    ("log", "exact", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
     ("prune",),
     ("schedule", "train"),

@@ -1,6 +1,8 @@
 """Who a process is among the ranks, and what ranks can be trusted to find together."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from dp4tl_dist.world import (
     detect,
     expand_nodes,
     gather_rows,
+    joined,
     on_main,
     place,
     slurm_port,
+    threads_asked,
 )
 
 TORCHRUN = {
@@ -60,6 +64,41 @@ def test_srun() -> None:
 )
 def test_single_processes(environ: dict[str, str]) -> None:
     assert detect(environ) == World()
+
+
+# ---------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("", None), ("3", 3), ("2,4", 2), ("0", None), ("-1", None), ("many", None), ("1", 1)]
+)
+def test_threads_that_were_asked_for(text: str, found: int | None) -> None:
+    assert threads_asked({"OMP_NUM_THREADS": text}) == found
+    assert threads_asked({"OMP_NUM_THREADS": text, "SLURM_JOB_ID": "1"}) == found
+    assert threads_asked({}) is None
+
+
+def test_the_one_thread_that_torchrun_sets_is_not_asked_for() -> None:
+    """torchrun changes its environment once it runs: what it was started with is what somebody asked for."""
+    child = "from dp4tl_dist.world import threads_asked; import os; print(threads_asked(os.environ))"
+    line = f"OMP_NUM_THREADS=1 TORCHELASTIC_RUN_ID=x {sys.executable} -c '{child}'; true"  # `true`: the shell stays
+    plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    for given, found in (({}, "None"), ({"OMP_NUM_THREADS": "1"}, "1")):
+        done = subprocess.run(["bash", "-c", line], env={**plain, **given}, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == found
+
+
+def test_ranks_compute_on_the_threads_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for asked, found in (("3", 3), ("", len(os.sched_getaffinity(0)))):
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+            with joined("cpu"):
+                assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("complete", [TORCHRUN, SRUN])

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.losses import NAME, load_losses
 from dp4tl_dist.data.order import inference_batches
 from dp4tl_dist.errors import UserError, one_of
+from dp4tl_dist.exact import Parts
 from dp4tl_dist.files import check_output, digest_file, make_meta
 from dp4tl_dist.models import normalise
 from dp4tl_dist.prune import coresets, loss_scores, scores
@@ -198,9 +199,15 @@ def _by_gradients(network: Surrogate, world: World, beton: Beton) -> Iterator[Ro
         np.arange(beton.num_samples), batch_size=network.batch_size, num_ranks=world.num_ranks, rank=world.rank
     )
     loader = BetonLoader(beton, device=world.device, num_workers=network.num_workers, tells=world.is_main)
-    model = network.model.eval()
-    for positions, batch in zip(batches, loader.epoch(batches, network.view), strict=True):
-        yield positions, scores.full_grand(model, normalise(batch.images), batch.labels).cpu().numpy()
+
+    def norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (scores.full_grand(model, normalise(images), labels),)
+
+    size = scores.gradients_at_once(network.model, loader.device.type)
+    with Parts(network.model.eval(), norms, size=size) as run:
+        for positions, batch in zip(batches, loader.epoch(batches, network.view), strict=True):
+            (values,) = run(batch.images, batch.labels)
+            yield positions, values.cpu().numpy()
 
 
 def _features(network: Surrogate, world: World, beton: Beton) -> Tensor:

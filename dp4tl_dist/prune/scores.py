@@ -1,6 +1,7 @@
 """Scores of single samples by a network's outputs: EL2N, GraNd, and nearness to a target's images.
 
-Each function takes a batch and returns float64 (n,): a sample's score depends on its own row alone.
+Each function takes a batch and returns float64 (n,): a sample's score depends on its own row alone. Norms and softmax
+round; one thread computes them, so that nothing but the row counts (`dp4tl_dist.exact`).
 """
 
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from dp4tl_dist.exact import one_thread
 from dp4tl_dist.prune.votes import CHUNK, exact_distances
 
-GRADIENTS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
+GRADIENTS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 26}  # numbers of float32, for each thread of a CPU
 
 
+@one_thread()
 def el2n(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """The L2 norm of the error, ||softmax(logits) - onehot(label)||: high where a sample is hard. Kept: the highest.
 
@@ -22,6 +25,7 @@ def el2n(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     return _error(logits, labels).norm(dim=1)
 
 
+@one_thread()
 def grand(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """The norm of the cross-entropy's gradient with respect to the last layer, weights and bias. Kept: the highest.
 
@@ -41,8 +45,8 @@ def full_grand(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """The norm of the cross-entropy's gradient with respect to all parameters, for each sample by itself.
 
     "Deep Learning on a Data Diet", definition 1, at these weights; batch norm uses its running statistics, so that a
-    sample's gradient is its own. inputs: (n, 3, height, width), normalised. As many gradients are held at once as
-    `GRADIENTS_AT_ONCE` has room for, and one at least.
+    sample's gradient is its own. inputs: (n, 3, height, width), normalised. All n gradients are held at once; the model
+    must be this thread's own.
     """
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     buffers = dict(model.named_buffers())
@@ -51,13 +55,14 @@ def full_grand(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = functional_call(model, {**weights, **buffers}, (image[None],))
         return functional.cross_entropy(logits.float(), label[None])
 
-    each = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=None)
-    at_once = max(1, GRADIENTS_AT_ONCE // sum(value.numel() for value in parameters.values()))
-    found = []
-    for images, some in zip(inputs.split(at_once), labels.split(at_once), strict=True):
-        squares = [value.double().flatten(1).square().sum(dim=1) for value in each(parameters, images, some).values()]
-        found.append(torch.stack(squares).sum(dim=0).sqrt())
-    return torch.cat(found)
+    found = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=None)(parameters, inputs, labels)
+    squares = [value.double().flatten(1).square().sum(dim=1) for value in found.values()]
+    return torch.stack(squares).sum(dim=0).sqrt()
+
+
+def gradients_at_once(model: nn.Module, device: str) -> int:
+    """Of how many samples the gradients are held at once: what `GRADIENTS_AT_ONCE` has room for, and one at least."""
+    return max(1, GRADIENTS_AT_ONCE[device] // sum(value.numel() for value in model.parameters()))
 
 
 def retrieval(features: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +79,7 @@ def retrieval(features: Tensor, targets: Tensor) -> Tensor:
     return 1 - nearest.square() / 2
 
 
+@one_thread()
 def unit(features: Tensor) -> Tensor:
     """float64 rows of length 1; a row of zeros stays."""
     rows = features.double()

@@ -1,7 +1,8 @@
 """One streaming pass of a surrogate over a dataset, and the sums that votes are made of.
 
 Ranks take ragged, disjoint runs of whole batches (`inference_batches`); nothing is padded, there is no collective
-inside the loop, and only sums and one number an image are kept.
+inside the loop, and only sums and one number an image are kept. A batch is the same on any number of ranks, its pass is
+exact (`dp4tl_dist.exact`), and so is what becomes of its outputs (`prune.votes`): so are the sums.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.data.loader import Batch, BetonLoader, CentreView
 from dp4tl_dist.data.order import inference_batches
+from dp4tl_dist.exact import Parts, rows_at_once
 from dp4tl_dist.log import progress
 from dp4tl_dist.models import logits_and_features, normalise
 from dp4tl_dist.prune.clusters_file import NUM_NEAREST, nearest_of
@@ -51,13 +53,24 @@ class Surrogate:
 def stream(
     surrogate: Surrogate, loader: BetonLoader, batches: Sequence[NDArray[np.int64]]
 ) -> Generator[tuple[Batch, Tensor, Tensor], None, None]:
-    """One (batch, logits float32 (n, classes), features float32 (n, dim)) for each array of positions, in order."""
-    surrogate.model.eval()
-    with contextlib.closing(loader.epoch(batches, surrogate.view)) as epoch:
+    """One (batch, logits float32 (n, classes), features float32 (n, dim)) for each array of positions, in order.
+
+    The same bits for any number of threads; images that share a batch may change each other's last ones.
+    """
+
+    @torch.inference_mode()
+    def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=surrogate.bf16):
+            logits, features = logits_and_features(model, normalise(images))
+        return logits.float(), features.float().flatten(1)
+
+    on_cpu = loader.device.type == "cpu"
+    size = rows_at_once(surrogate.view.resolution) if on_cpu else max(map(len, batches), default=1)
+    epoch = loader.epoch(batches, surrogate.view)
+    with contextlib.closing(epoch), Parts(surrogate.model.eval(), outputs, size=size) as run:
         for batch in epoch:
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=surrogate.bf16):
-                logits, features = logits_and_features(surrogate.model, normalise(batch.images))
-            yield batch, logits.float(), features.float().flatten(1)
+            logits, features = run(batch.images)
+            yield batch, logits, features
 
 
 def shard(

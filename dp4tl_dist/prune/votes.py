@@ -2,7 +2,8 @@
 
 Sums must not depend on how samples are spread over batches and ranks, so nothing here adds floating-point numbers
 that could round: terms are put on a fixed grid and added as integers (`to_units`), and the dot products behind
-distances are taken of slices whose products add exactly (`exact_distances`). What remains is elementwise.
+distances are taken of slices whose products add exactly (`exact_distances`). What remains is elementwise, or the
+softmax of a row, by one thread. So any number of threads may compute it.
 """
 
 import math
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.exact import one_thread
 
 UNIT = 2.0**-30
 LIMIT = 2.0**33  # |sum| below this fits int64 in units
@@ -72,7 +74,8 @@ def lm_tally(logits: Tensor) -> Tally:
 
     logits: float (images, classes).
     """
-    mass = logits.double().softmax(dim=1)
+    with one_thread():
+        mass = logits.double().softmax(dim=1)
     predictions = logits.argmax(dim=1)
     votes, top = torch.bincount(predictions, minlength=logits.shape[1]), largest(mass)
     # A term is at most 2^30 units: float64 adds up to 2^23 such whole numbers exactly, and faster than int64 does.

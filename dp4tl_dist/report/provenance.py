@@ -37,7 +37,8 @@ def hardware(found: object) -> str | None:
     listed = found.get("gpus")
     gpus = [str(name) for name in listed] if isinstance(listed, list) else []
     counts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
-    return ", ".join([*counts, str(found.get("processor")), f"{found.get('cores')} cores"])
+    instructions = [str(found["instructions"])] if found.get("instructions") else []
+    return ", ".join([*counts, str(found.get("processor")), *instructions, f"{found.get('cores')} cores"])
 
 
 def datasets(run: Run) -> Table:

@@ -212,6 +212,7 @@ class Fit:
             "samples_seen": at.step * job.optim.batch_size,
             "num_samples": len(job.train.kept),
             "num_ranks": self.world.num_ranks,
+            "num_threads": torch.get_num_threads(),
             "restarts": at.restarts,
             "seconds": round(at.seconds, 3),
             "val": at.val,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.log import warn
+from dp4tl_dist.machine import hardware
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.buffers import averaged_buffers
 from dp4tl_dist.world import alone, lost_others
@@ -101,7 +102,22 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     if world.is_main and not meta["complete"]:
         other = f" (saved by {meta['num_ranks']} ranks)" if fit.at.moved else ""
         warn(f"{job.label}: resuming {job.out} at step {fit.at.step} of {job.num_steps}{other}")
+        if not fit.at.moved and (change := other_machine(meta, on_cpu=world.device == "cpu")):
+            warn(f"{change}: training goes on, and may end in other last bits than without the stop")
     return meta
+
+
+def other_machine(meta: dict[str, Any], *, on_cpu: bool) -> str:
+    """What rounds otherwise here than where a checkpoint was saved; empty where nothing is known to."""
+    saved, here = meta.get("hardware"), hardware()
+    threads, now = meta.get("num_threads"), torch.get_num_threads()
+    if isinstance(saved, dict):
+        for key in ("processor", "instructions"):
+            if key in saved and saved[key] != here[key]:
+                return f"the checkpoint was saved on {saved[key]}, and this is {here[key]}"
+    if on_cpu and isinstance(threads, int) and threads != now:
+        return f"the checkpoint was saved by ranks of {threads} threads, and these have {now} (see OMP_NUM_THREADS)"
+    return ""
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def test_against_the_oracle(method: str, surrogate: Path, source: Beton, target:
 
 def test_the_full_gradient_is_autograds(surrogate: Path, source: Beton, target: Beton, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(by_sample, "GRADIENTS_AT_ONCE", 1_000_000)  # a few samples at once, and not all of a batch
+    monkeypatch.setitem(by_sample.GRADIENTS_AT_ONCE, "cpu", 1_000_000)  # a few samples at once, and not all of a batch
     found = scored(surrogate, source, target, tmp_path / "s.npz", "grand", full_gradient=True)
     model = load_model(surrogate)[0].eval()
     single = [np.array([i]) for i in range(source.num_samples)]

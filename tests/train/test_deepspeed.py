@@ -70,6 +70,8 @@ def run_all(world: World, root: Path) -> None:
         train(recipe, out=root / f"{engine}-sgd-continued", world=world)
         if engine in ("ddp", "zero1", "zero3"):
             stopped(world, config(root, engine, train={"optimizer": "adam"}), root / f"{engine}-adam-stopped")
+    # A learning rate higher by the smallest step of float32: what rounding comes to over a run, whatever rounds here.
+    train(config(root, "ddp", train={"lr": 0.02 * (1 + 2**-23)}), out=root / "ddp-nudged", world=world)
     for engine in ("ddp", "zero3"):
         kinds = {
             "adversarial": {"task": {"kind": "adversarial"}},
@@ -115,12 +117,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_the_loss_curve_is_that_of_ddp(runs: Path, zero: int) -> None:
-    expected, found = losses(runs / "ddp-sgd"), losses(runs / f"zero{zero}-sgd")
-    assert found == pytest.approx(expected, rel=1e-5)
-    ends = weights(runs / "ddp-sgd"), weights(runs / f"zero{zero}-sgd")
-    assert ends[0].keys() == ends[1].keys()
+    """Up to rounding: the engines add gradients in buffers of different layouts, and each step amplifies the last bits.
+    By how much is measured, on DDP itself; a gradient that is off by a factor is off by 1e-2 after two steps."""
+    expected, nudged, found = (losses(runs / name) for name in ("ddp-sgd", "ddp-nudged", f"zero{zero}-sgd"))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)  # the same weights still
+    noise = float(np.max(np.abs(nudged / expected - 1)))
+    assert noise < 1e-4 and found == pytest.approx(expected, rel=max(1e-5, 10 * noise))
+    ends = [weights(runs / name) for name in ("ddp-sgd", "ddp-nudged", f"zero{zero}-sgd")]
+    assert ends[0].keys() == ends[2].keys()
     for name, value in ends[0].items():
-        assert torch.allclose(ends[1][name], value, rtol=1e-4, atol=1e-6), name
+        own = float((ends[1][name] - value).abs().max()) if value.is_floating_point() else 0.0
+        assert torch.allclose(ends[2][name], value, rtol=1e-4, atol=max(1e-6, 10 * own)), name
 
 
 @pytest.mark.slow

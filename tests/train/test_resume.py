@@ -26,6 +26,7 @@ from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOP
 from dp4tl_dist.log import read_jsonl
 from dp4tl_dist.train import checkpoint, watch
 from dp4tl_dist.train import loop as train_loop
+from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.supervised import train
 from dp4tl_dist.world import World
 
@@ -225,6 +226,21 @@ def test_a_torn_newest_checkpoint_is_skipped(
     text = capsys.readouterr().err
     assert f"{newest} is torn or damaged: skipped" in text and "at step 15 of 45" in text
     assert_same(stopped, undisturbed(1))
+
+
+def test_other_threads_and_another_processor_are_told(
+    root: Path, stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on all the same: the same samples in the same steps, and perhaps other last bits."""
+    meta = checkpoint.read_meta(checkpoint.checkpoint_path(stopped, 20))
+    assert meta["num_threads"] == 1 and run_state.other_machine({}, on_cpu=True) == ""
+    elsewhere = {"hardware": {**meta["hardware"], "processor": "Abacus"}}
+    assert "saved on Abacus" in run_state.other_machine(elsewhere, on_cpu=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert finish(root, stopped, 1) == [EXIT_DONE]
+    told = [line for line in capsys.readouterr().err.splitlines() if "threads" in line]
+    assert len(told) == 1 and "ranks of 1 threads, and these have 2" in told[0] and "training goes on" in told[0]
+    assert [line["step"] for line in read_jsonl(stopped / "order.jsonl")] == list(range(1, NUM_STEPS + 1))
 
 
 @pytest.mark.parametrize(
