@@ -29,4 +29,4 @@ def test_one_two_and_three_threads_give_the_same_bits(
     )  # fmt: skip
     assert not done.returncode, done.stderr
     one, two, three = (json.loads(row) for row in done.stdout.splitlines() if row.startswith("{"))
-    assert one == two == three and len(one) == 10
+    assert one == two == three and len(one) == 11

@@ -238,7 +238,7 @@ def test_other_threads_and_another_processor_are_told(
     assert "saved on Abacus" in run_state.other_machine(elsewhere, on_cpu=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert finish(root, stopped, 1) == [EXIT_DONE]
-    told = [line for line in capsys.readouterr().err.splitlines() if "threads" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "last bits" in line]
     assert len(told) == 1 and "ranks of 1 threads, and these have 2" in told[0] and "training goes on" in told[0]
     assert [line["step"] for line in read_jsonl(stopped / "order.jsonl")] == list(range(1, NUM_STEPS + 1))
 
