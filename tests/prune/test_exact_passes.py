@@ -17,6 +17,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.timeout(240)  # a process of its own, that does all there is three times
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_one_two_and_three_threads_give_the_same_bits(
     kernels: str, surrogate: Path, source: Beton, target: Beton
