@@ -119,7 +119,7 @@ def test_the_full_gradient_is_autograds(surrogate: Path, source: Beton, target: 
         loss = torch.nn.functional.cross_entropy(model(normalise(batch.images).double()), batch.labels)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         expected.append(float(torch.cat([part.double().flatten() for part in gradients]).norm()))
-    # A gradient jumps where a rectifier's input is zero: one that is within float32's rounding of it may fall either way.
+    # A gradient jumps where a rectifier's input is zero: what rounds to either side may do so here.
     apart = np.abs(found / expected - 1)
     assert (apart < 1e-3).mean() > 0.95 and apart.max() < 0.02
     last = scored(surrogate, source, target, tmp_path / "s.npz", "grand")
