@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dp4tl_dist.config import DataConfig, OptimConfig, TrainConfig, apply_overrides, find_config, read_toml, validate
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import read_json
+from dp4tl_dist.files import read_json, unfinished_in
 from dp4tl_dist.prune import select
 from dp4tl_dist.prune.amount import ENOUGH, coverage_curve, knee, suggest
 from dp4tl_dist.prune.choice import join_votes
@@ -148,7 +148,7 @@ def read_recipe(name: str, overrides: list[str]) -> TrainConfig:
     )  # fmt: skip
 
 
-def read_surrogate(path: Path) -> Surrogate:
+def read_surrogate(path: Path, *, allow_incomplete: bool = False) -> Surrogate:
     """What the newest checkpoint of a run folder, or a checkpoint folder, says of its training. Reads JSON alone."""
     found = sorted((path / "checkpoints").glob("step_*/meta.json"))[-1:] or [path / "meta.json"]
     try:
@@ -160,6 +160,8 @@ def read_surrogate(path: Path) -> Surrogate:
         raise UserError(f"--surrogate {path}: {reason}: name the checkpoint or run folder that voted") from error
     if not (0 < seconds < math.inf and 0 < seen < math.inf):
         raise UserError(f"--surrogate {path} was trained for {seconds} s on {seen} images: name the one that voted")
+    if not (allow_incomplete or meta.get("complete") is True):
+        raise UserError(f"--surrogate {path} is not trained to its end: finish it, or add --allow-incomplete")
     return Surrogate(seconds, seen / seconds, network.resolution, network.val_resolution)
 
 
@@ -202,6 +204,7 @@ def advise(advice: Advice, costs: Costs | None, influence: Influence | None = No
         "source": {"path": str(advice.beton.path), "fingerprint": advice.beton.fingerprint},
         "num_targets": sum(len(item.target_sizes) for item in advice.cast),
         "num_voters": advice.num_voters,
+        "unfinished": [line for item in advice.cast for line in unfinished_in(item.meta)],
         "num_classes": len(advice.ranking),
         "groups_are": advice.cast[0].what,
         "agreement": None if influence is None else agreement(advice.ranking, rank_influence(influence.influence)),
@@ -240,9 +243,8 @@ def with_paths(recipe: TrainConfig, source: Path, val: Path | None) -> TrainConf
     return recipe.model_copy(update={"data": data})
 
 
-def costs_of(advice: Advice, optim: OptimConfig, speed: Speed, surrogates: Sequence[Path], val: Path | None) -> Costs:
+def costs_of(advice: Advice, optim: OptimConfig, speed: Speed, read: Sequence[Surrogate], val: Path | None) -> Costs:
     """The costs of one recipe at one speed; those of all surrogates that voted count together."""
-    read = [read_surrogate(path) for path in surrogates]
     whole = replace(read[0], seconds=sum(item.seconds for item in read)) if read else None
     by_features = sum(advice.beton.num_samples for item in advice.cast if item.method == "fm")
     num_val = open_beton(val).num_samples if val else 0

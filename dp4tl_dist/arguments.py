@@ -34,3 +34,10 @@ def add_config(parser: Parser, *, required: bool) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="table.key=value", help="override one key; may be repeated"
     )
+
+
+def add_allow_incomplete(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--allow-incomplete", action="store_true",
+        help=f"take {what} from before its training's end, too; what is made from it says so",
+    )  # fmt: skip

@@ -62,6 +62,8 @@ class ModelConfig(Table):
     """A name from `dp4tl_dist.models.ARCHITECTURES`, or `timm:NAME` when timm is installed."""
     init: str = ""
     """A checkpoint folder to start from; empty for a random start."""
+    allow_incomplete: bool = False
+    """Take an `init` from before its training's end, too."""
 
 
 class AdversarialConfig(Table):

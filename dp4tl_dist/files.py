@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
-import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dp4tl_dist import __version__
+from dp4tl_dist.artifact import check_fingerprint as check_fingerprint
+from dp4tl_dist.artifact import make_meta as make_meta
+from dp4tl_dist.artifact import unfinished_in as unfinished_in
 from dp4tl_dist.atomic import atomic_file, check_writable, sweep
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.inputs import check_plain, open_plain, read_text
-from dp4tl_dist.machine import hardware
 from dp4tl_dist.nodes import life
-from dp4tl_dist.revisions import FORMATS, check_format
-from dp4tl_dist.version import commit
+from dp4tl_dist.revisions import check_format
 
 MAX_JSON_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 64 << 30
@@ -115,24 +113,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): write it again") from error
 
 
-# ---------------------------------------------------------------- meta and fingerprints
-
-
-def make_meta(
-    kind: str, *, config: Any = None, seed: int | None = None, inputs: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """What every artefact carries. `inputs` maps the name of each input to its fingerprint."""
-    return {
-        "kind": kind,
-        **({"format": FORMATS[kind]} if kind in FORMATS else {}),
-        "version": __version__,
-        "commit": commit(),
-        "command": shlex.join(["dp4tl", *sys.argv[1:]]),
-        "config": config,
-        "seed": seed,
-        "inputs": dict(inputs or {}),
-        "hardware": hardware(),
-    }
+# ---------------------------------------------------------------- digests
 
 
 def digest_file(path: Path) -> str:
@@ -142,15 +123,6 @@ def digest_file(path: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def check_fingerprint(what: str, expected: str | None, actual: str, *, expected_from: Path, actual_from: Path) -> None:
-    """Refuse `actual_from` where `expected_from` was made for another file, naming both sides."""
-    if expected != actual:
-        raise UserError(
-            f"{expected_from} was made for another {what} ({expected or 'unknown'}) than {actual_from} ({actual}): "
-            f"make it again from {actual_from}, or pass the {what} it was made for"
-        )
 
 
 # ---------------------------------------------------------------- npz

@@ -149,7 +149,17 @@ def is_done(stage: Stage, record: dict[str, Any], key: str) -> bool:
     """Whether the stage finished under the same key and its outputs are still what they were then."""
     if record.get("status") != "done" or record.get("key") != key:
         return False
-    return all(path.exists() for path in stage.outputs) and record.get("output") == output_digest(stage)
+    there = all(path.exists() for path in stage.outputs)
+    return there and record.get("output") == output_digest(stage) and (stage.argv[0] != "train" or ends_whole(stage))
+
+
+def ends_whole(stage: Stage) -> bool:
+    """Whether a training's newest checkpoint is its last, with the weights that its meta promises."""
+    meta, folders = newest_meta(stage.output), sorted((stage.output / "checkpoints").glob("step_*"))
+    digests, weights = meta.get("digests"), "weights.safetensors"
+    if meta.get("complete") is not True or not isinstance(digests, dict) or not (folders[-1] / weights).is_file():
+        return False
+    return digest_file(folders[-1] / weights) == digests.get(weights)
 
 
 def stage_key(graph: Graph, stage: Stage) -> str:

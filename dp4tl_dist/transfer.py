@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,19 @@ def transfer(
     out: Path,
     world: World,
     force: bool = False,
+    allow_incomplete: bool = False,
 ) -> dict[str, Any]:
     """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it.
 
     One that was cut off is continued; `force` starts afresh. Without `test` what was held out of `train` is all that
-    judges, and the result has no accuracy but `val_top1`. All ranks call it.
+    judges, and the result has no accuracy but `val_top1`. allow_incomplete: also a checkpoint before its training's end.
+    All ranks call it.
     """
     started = time.monotonic()
     check_engine(config.engine)
     target = open_target(train, test, val_share=config.val_share, seed=config.seed)
-    folder = checkpoint.resolve(checkpoint_path)
-    meta = checkpoint.read_meta(folder)
+    folder = checkpoint.resolve(checkpoint_path, allow_incomplete=allow_incomplete)
+    meta = checkpoint.used_meta(folder)
     network = trained_at(meta, folder)
     config = config.suited(network)
     check_arch(network.arch, (config.train.resolution, config.train.val_resolution))
@@ -113,7 +116,8 @@ def transfer(
     if isinstance(module, LinearProbe) and backbone_digest(module.backbone) != before:
         raise RuntimeError("the linear probe changed its backbone: this is a defect of the tool, please report it")
     score = None if test_split is None else judge(config, module, fit, target, test_split)
-    result = summary(config, score, about, target, inputs)
+    made_from = [meta, target.train.meta, {} if target.test is None else target.test.meta]
+    result = summary(config, score, about, target, inputs, made_from=made_from)
     result["seconds"] = round(time.monotonic() - started, 3)
     if world.is_main:
         write_json(out, result)
@@ -231,11 +235,18 @@ def backbone_digest(backbone: nn.Module) -> str:
 
 
 def summary(
-    config: TransferConfig, score: Score | None, chosen: dict[str, Any], target: Target, inputs: dict[str, str]
+    config: TransferConfig,
+    score: Score | None,
+    chosen: dict[str, Any],
+    target: Target,
+    inputs: dict[str, str],
+    *,
+    made_from: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The content of the result file."""
+    """The content of the result file; made_from as in `make_meta`."""
+    about = config.model_dump(mode="json")
     return {
-        **make_meta("transfer", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs),
+        **make_meta("transfer", config=about, seed=config.seed, inputs=inputs, made_from=made_from),
         "mode": "lp" if config.recipe == "lp" else "ff",
         "cached": config.cached,
         "num_threads": torch.get_num_threads(),

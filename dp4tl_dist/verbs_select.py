@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dp4tl_dist.arguments import Verbs, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_out, add_verb
 
 
 def vote(verbs: Verbs) -> None:
@@ -26,6 +26,7 @@ def add_view(parser: argparse.ArgumentParser) -> None:
         "--resolution", type=int, help="side of the centre crop (default: the surrogate's validation side)"
     )
     parser.add_argument("--workers", type=int, default=0, help="decoding threads a rank; 0 shares the cores")
+    add_allow_incomplete(parser, "--surrogate")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
 
@@ -41,7 +42,8 @@ def run_vote(args: argparse.Namespace) -> None:
     with joined(args.device) as world:
         summary = vote(world, method=args.method, surrogate=args.surrogate, targets=args.target, source=args.source,
                        clusters=args.clusters, out=args.out, batch_size=args.batch_size, resolution=args.resolution,
-                       num_workers=args.workers, precision=args.precision, force=args.force)  # fmt: skip
+                       num_workers=args.workers, precision=args.precision, force=args.force,
+                       allow_incomplete=args.allow_incomplete)  # fmt: skip
         if world.is_main:
             say(f"{args.out}: {summary}")
 
@@ -81,7 +83,8 @@ def run_cluster(args: argparse.Namespace) -> None:
                           out=args.out, start=args.init, seed=args.seed, iterations=args.iterations,
                           tolerance=args.tolerance, store=args.store, store_precision=args.store_precision,
                           batch_size=args.batch_size, resolution=args.resolution, num_workers=args.workers,
-                          precision=args.precision, force=args.force)  # fmt: skip
+                          precision=args.precision, force=args.force,
+                       allow_incomplete=args.allow_incomplete)  # fmt: skip
         if world.is_main:
             say(f"{args.out}: {summary}")
 
@@ -118,7 +121,7 @@ def run_score(args: argparse.Namespace) -> None:
         summary = score(world, method=args.method, surrogates=args.surrogate, source=args.source, targets=args.target,
                         out=args.out, full_gradient=args.full_gradient, batch_size=args.batch_size,
                         resolution=args.resolution, num_workers=args.workers, precision=args.precision,
-                        force=args.force)  # fmt: skip
+                        force=args.force, allow_incomplete=args.allow_incomplete)  # fmt: skip
         if world.is_main:
             say(f"{args.out}: {summary}")
 

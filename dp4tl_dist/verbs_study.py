@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dp4tl_dist.arguments import Verbs, add_config, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb
 
 
 def advise(verbs: Verbs) -> None:
@@ -28,6 +28,7 @@ def advise(verbs: Verbs) -> None:
     parser.add_argument(
         "--surrogate", type=Path, action="append", help="what voted, for its cost (default: where the votes say it is)"
     )
+    add_allow_incomplete(parser, "a surrogate")
     parser.add_argument("--combine", choices=("normalised", "max", "counts", "sum"), default="normalised")
     parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
     parser.add_argument("--influence", type=Path, metavar="I.npz", help="hold the ranking against brute force's")
@@ -55,7 +56,10 @@ def run_advise(args: argparse.Namespace) -> None:
         with joined(recipe.engine.device, timeout_s=recipe.engine.timeout_s) as world:
             speed, main = measure(advise.with_paths(recipe, args.source, args.val), world), world.is_main
     surrogates = args.surrogate or advise.surrogates_of(advice.cast)
-    costs = None if speed is None else advise.costs_of(advice, recipe.train, speed, surrogates, args.val)
+    costs = None
+    if speed is not None:
+        read = [advise.read_surrogate(path, allow_incomplete=args.allow_incomplete) for path in surrogates]
+        costs = advise.costs_of(advice, recipe.train, speed, read, args.val)
     influence = None
     if args.influence is not None:
         from dp4tl_dist.prune.influence import load_influence
@@ -78,6 +82,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"{'keep':>7} {'classes':>8} {'samples':>9} {'MiB':>9} {'votes':>7}"
         + (f" {'time*':>9} {'speed-up':>9}" if costs else ""),
     ]
+    lines[:0] = [f"note: voted before its training's end: {line}" for line in found["unfinished"]]
     for size in found["sizes"]:
         time = "-" if size["hours"] is None else clock(size["hours"] * 3600)
         gain = "-" if size["speed_up"] is None else f"{size['speed_up']:.2f}x"

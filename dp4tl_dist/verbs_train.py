@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dp4tl_dist.arguments import Verbs, add_config, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb
 
 
 def train(verbs: Verbs) -> None:
@@ -11,6 +11,7 @@ def train(verbs: Verbs) -> None:
         verbs, "train", run_train, "Train a surrogate or a source model; continues a run that was cut off."
     )
     add_config(parser, required=True)
+    add_allow_incomplete(parser, "model.init")
     parser.add_argument("--subset", type=Path, help="train on these samples of data.train only")
     parser.add_argument("--val-subset", type=Path, help="validate on these samples of data.val only")
     add_out(parser, "the run folder")
@@ -22,6 +23,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     paths = {"subset": args.subset, "val_subset": args.val_subset}
     given = [f"data.{key}={toml_string(str(path))}" for key, path in paths.items() if path]
+    given += ["model.allow_incomplete=true"] * args.allow_incomplete
     config = load_config(TrainConfig, args.config, [*args.set, *given])
 
     from dp4tl_dist.train.supervised import train
@@ -36,6 +38,7 @@ def transfer(verbs: Verbs) -> None:
         verbs, "transfer", run_transfer, "Measure a checkpoint on a target: linear probe (lp) or full finetuning (ff)."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint folder or a run folder")
+    add_allow_incomplete(parser, "--checkpoint")
     parser.add_argument("--train", type=Path, required=True, help="the target's training beton")
     parser.add_argument("--test", type=Path, required=True, help="the target's test beton: read once, at the end")
     parser.add_argument("--mode", choices=("lp", "ff"), required=True)
@@ -64,7 +67,7 @@ def run_transfer(args: argparse.Namespace) -> None:
 
     with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
         transfer(config, checkpoint_path=args.checkpoint, train=args.train, test=args.test, out=args.out, world=world,
-                 force=args.force)  # fmt: skip
+                 force=args.force, allow_incomplete=args.allow_incomplete)  # fmt: skip
 
 
 def run(verbs: Verbs) -> None:

@@ -46,9 +46,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("advise")
     beton = open_beton(make_beton(root / "source.beton", num_classes=10, per_class=8))
     seen = {"resolution": 32, "val_resolution": 64, "val_ratio": 0.875}
-    surrogate = {
-        "seconds": 20.0, "samples_seen": 4000, "config": {"model": {"arch": "resnet_tiny"}, "train": seen}
-    }  # fmt: skip
+    config = {"model": {"arch": "resnet_tiny"}, "train": seen}
+    surrogate = {"seconds": 20.0, "samples_seen": 4000, "config": config, "complete": True}
     write_json(root / "surrogate" / "checkpoints" / "step_000000007" / "meta.json", surrogate)
     cast(root / "votes.npz", beton, COUNTS, surrogate=str(root / "surrogate"))
     write_json(root / "recipe.json", RECIPE)

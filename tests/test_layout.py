@@ -18,7 +18,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
     ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
-    ("files", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
+    ("files", "artifact", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
     ("collectives", "rendezvous", "world"),
     ("log", "exact", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
@@ -33,7 +33,7 @@ LEVELS = (
     ("sweep_table", "sweep_surrogates", "sweep_files"),
     ("arguments", "verbs_data", "verbs_select", "verbs_study", "verbs_train", "cli"),
     ("__main__",),
-)
+)  # fmt: skip
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 LIGHT = {  # module -> what it may import beside the standard library
     "data/order": {"numpy", "dp4tl_dist.errors"},

@@ -13,7 +13,7 @@ from test_stages import Content, config_of
 
 from dp4tl_dist import pipeline, records, revisions
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import save_npz, write_json
+from dp4tl_dist.files import digest_file, save_npz, write_json
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph
 
@@ -34,9 +34,13 @@ class Made:
         text = " ".join(Path(part).name for part in self.argv)
         if self.argv[0] == "train":
             config = (Path(self.argv[self.argv.index("--config") + 1])).read_text()
-            digests = {"weights": f"{config.count('0.25')} {config.count('0.125')}"}
-            write_json(out / "checkpoints" / "step_000000001" / "meta.json",
-                       {"digests": digests, "seconds": 1.0, "num_samples": 24})  # fmt: skip
+            folder = out / "checkpoints" / "step_000000001"
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = folder / "weights.safetensors"
+            weights.write_text(f"{config.count('0.25')} {config.count('0.125')}")
+            digests = {weights.name: digest_file(weights)}
+            write_json(folder / "meta.json",
+                       {"digests": digests, "seconds": 1.0, "num_samples": 24, "complete": True})  # fmt: skip
         elif self.argv[0] == "transfer":
             write_json(out, {"top1": 0.5})
         elif self.argv[0] == "compact":

@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_beton(root / f"{split}.beton", kind="target", split=split, num_classes=CLASSES, per_class=PER_CLASS)
     torch.manual_seed(5)
     meta = make_meta("checkpoint", config={"model": {"arch": "resnet_tiny"}, "train": SEEN})
-    meta |= {"classes": [str(i) for i in range(SOURCE_CLASSES)]}
+    meta |= {"classes": [str(i) for i in range(SOURCE_CLASSES)], "complete": True}
     weights = build_model("resnet_tiny", SOURCE_CLASSES).state_dict()
     checkpoint.save(root / "source", weights=weights, state={}, meta=meta)
     return root
@@ -162,7 +162,8 @@ def test_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:
         folder.mkdir()
         for name in ("weights.safetensors", "state.pt"):
             (folder / name).symlink_to(root / "source" / name)
-        (folder / "meta.json").write_text(json.dumps({**meta, "config": {"model": {"arch": arch}}}))
+        content = {**meta, "config": {"model": {"arch": arch}}}
+        (folder / "meta.json").write_text(json.dumps({**content, "digest": checkpoint.digest_meta(content)}))
         with pytest.raises(UserError, match=words):
             build_module(arch, folder, CLASSES, config_of("lp"))
 

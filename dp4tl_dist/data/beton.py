@@ -4,7 +4,7 @@ Stock FFCV reads what is written here, and files of stock FFCV with an image and
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Beton:
     pointers: NDArray[np.uint64]
     sizes: NDArray[np.uint64]
     fields: tuple[str, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What its sidecar says of how it was made."""
 
     @property
     def num_samples(self) -> int:
@@ -124,11 +126,12 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
         damaged(path, "identifiers are negative or repeat")
     for array in (labels, identifiers, *columns.values(), sizes):
         array.setflags(write=False)
+    classes, meta = _classes(path, labels, found if described else None)
     return Beton(
         path=path,
         page_size=int(header["page_size"]),
         fingerprint=found,
-        classes=_classes(path, labels, found if described else None),
+        classes=classes,
         labels=labels,
         identifiers=identifiers,
         heights=columns["height"],
@@ -137,6 +140,7 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
         pointers=columns["pointer"],
         sizes=sizes,
         fields=names,
+        meta=meta,
     )
 
 
@@ -149,13 +153,14 @@ def check_apart(train: Beton, test: Beton) -> None:
         )
 
 
-def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tuple[str, ...]:
+def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the classes, and the meta of the sidecar that has them."""
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= MAX_CLASSES:
         damaged(path, f"labels from {low} to {high}")
     described = sidecar(path)
     if expected is None or not described.exists():
-        return tuple(str(i) for i in range(high + 1))
+        return tuple(str(i) for i in range(high + 1)), {}
     content = read_json(described)
     names = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -169,7 +174,8 @@ def _classes(path: Path, labels: NDArray[np.int64], expected: str | None) -> tup
         check_format(path, "dataset", meta)
     if high >= len(names):
         raise UserError(f"{path} has the label {high}, and {described} names {len(names)} classes: write it again")
-    return tuple(names)
+    meta = content.get("meta")
+    return tuple(names), meta if isinstance(meta, dict) else {}
 
 
 def describe(beton: Beton) -> dict[str, Any]:

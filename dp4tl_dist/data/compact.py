@@ -50,7 +50,9 @@ def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool
                 mode=int(beton.modes[index]),
                 name=names[index] if names else "",
             )
-        writer.finish(beton.classes, make_meta("dataset", config={"origin": str(source)}, seed=seed, inputs=inputs))
+        origin, made_from = {"origin": str(source)}, [chosen.meta, beton.meta]
+        meta = make_meta("dataset", config=origin, seed=seed, inputs=inputs, made_from=made_from)
+        writer.finish(beton.classes, meta)
     return len(order)
 
 

@@ -136,33 +136,35 @@ def check_choice(choice: Choice) -> None:
         raise UserError("--class-balanced is about single samples: use it with --scores or --random samples")
 
 
-def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str]]:
-    """The subset of `beton` that is asked for, and the digests of the files that it was made from."""
+def choose(beton: Beton, choice: Choice) -> tuple[Subset, dict[str, str], list[dict[str, Any]]]:
+    """The subset of `beton` that is asked for, and digests and metas of the files that it was made from."""
     inputs: dict[str, str] = {}
+    metas: list[dict[str, Any]] = []
     group_of_sample: NDArray[np.integer] = beton.labels
     if choice.votes:
-        subset, group_of_sample = _by_votes(beton, choice)
+        subset, group_of_sample, metas = _by_votes(beton, choice)
         several = len(choice.votes) > 1
         inputs |= {f"votes{i}" if several else "votes": digest_file(path) for i, path in enumerate(choice.votes)}
     elif choice.influence is not None:
-        subset = _by_influence(beton, choice, load_influence(choice.influence, beton=beton))
+        influence = load_influence(choice.influence, beton=beton)
+        subset, metas = _by_influence(beton, choice, influence), [influence.meta]
         inputs["influence"] = digest_file(choice.influence)
     elif choice.list_file is not None:
         subset = _by_class(beton, "list", select.read_list(choice.list_file, beton.classes))
         inputs["list"] = digest_file(choice.list_file)
     elif choice.scores is not None:
         scores = load_scores(choice.scores, beton=beton)
-        subset = _by_scores(beton, choice, scores)
+        subset, metas = _by_scores(beton, choice, scores), [scores.meta]
         inputs["scores"] = digest_file(choice.scores)
     else:
         subset = _by_chance(beton, choice)
     if choice.amount.like is not None:
         inputs["like"] = digest_file(choice.amount.like)
     if choice.within is None:
-        return subset, inputs
+        return subset, inputs, metas
     scores, path = _within_scores(beton, choice, *choice.within)
     inputs |= {"scores": digest_file(path)} if path else {}
-    return _within(group_of_sample, subset, scores, choice.within[1]), inputs
+    return _within(group_of_sample, subset, scores, choice.within[1]), inputs, [*metas, scores.meta]
 
 
 def _by_class(beton: Beton, method: str, groups: NDArray[np.int64]) -> Subset:
@@ -176,8 +178,8 @@ def _by_influence(beton: Beton, choice: Choice, found: Influence) -> Subset:
     return _by_class(beton, "influence-reverse" if choice.reverse else "influence", np.sort(chosen))
 
 
-def _by_votes(beton: Beton, choice: Choice) -> tuple[Subset, NDArray[np.integer]]:
-    """The subset, and the group (class or cluster) of each sample of `beton`."""
+def _by_votes(beton: Beton, choice: Choice) -> tuple[Subset, NDArray[np.integer], list[dict[str, Any]]]:
+    """The subset, the group (class or cluster) of each sample of `beton`, and the votes' metas."""
     cast = [load_votes(path, beton=beton) for path in choice.votes]
     votes, affinity = join_votes(cast, choice.votes)
     combined, closeness = select.combine(votes, affinity, how=choice.combine, weights=choice.weights)
@@ -186,11 +188,12 @@ def _by_votes(beton: Beton, choice: Choice) -> tuple[Subset, NDArray[np.integer]
     chosen = ranking[::-1][:count] if choice.reverse else ranking[:count]
     method = "+".join(dict.fromkeys(item.method for item in cast))
     method, members = f"{method}-reverse" if choice.reverse else method, cast[0].members
+    metas = [item.meta for item in cast]
     if members is None:
-        return _by_class(beton, method, np.sort(chosen)), beton.labels
+        return _by_class(beton, method, np.sort(chosen)), beton.labels, metas
     kept, total = samples_of_groups(members.assignment, chosen), len(ranking)
     about = {"groups_are": "clusters", "num_groups": total}
-    return Subset(kept, np.sort(chosen), (total - count) / total, method, about), members.assignment
+    return Subset(kept, np.sort(chosen), (total - count) / total, method, about), members.assignment, metas
 
 
 def join_votes(cast: list[Votes], paths: tuple[Path, ...]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

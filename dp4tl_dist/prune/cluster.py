@@ -74,11 +74,13 @@ def cluster(
     num_workers: int = 0,
     precision: str = "auto",
     force: bool = False,
+    allow_incomplete: bool = False,
 ) -> ClusterSummary:
     """Cluster `source` by what the surrogate sees in it; rank 0 writes `out`.
 
     All ranks call it and get the same summary or the same UserError. Features are kept in `store` (a folder, by default
-    beside `out`) and used again where nothing that they depend on has changed.
+    beside `out`) and used again where nothing that they depend on has changed. allow_incomplete: also by a surrogate
+    before its training's end.
     """
     from dp4tl_dist.prune.kmeans import STARTS, lloyd, start_positions
     from dp4tl_dist.prune.store import open_store
@@ -98,8 +100,9 @@ def cluster(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed} is not between 0 and {2**63 - 1}")
     network, meta = load_surrogate(
-        surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world)
-    )
+        surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world),
+        allow_incomplete=allow_incomplete,
+    )  # fmt: skip
     inputs = {"source": beton.fingerprint, "surrogate": meta["digests"]["weights.safetensors"]}
     seen = {
         "batch_size": batch_size, "resolution": network.view.resolution, "ratio": network.view.ratio,
@@ -126,7 +129,8 @@ def cluster(
         "iterations": iterations, "tolerance": tolerance, "store_precision": store_precision, **seen,
     }  # fmt: skip
     about = {
-        **make_meta("clusters", config=config, seed=seed, inputs=inputs), "converged": found.converged,
+        **make_meta("clusters", config=config, seed=seed, inputs=inputs, made_from=[meta]),
+        "converged": found.converged,
         "iterations": len(found.inertia) - 1, "inertia": found.inertia[-1], "inertias": list(found.inertia),
         "reseeded": found.reseeded,
     }  # fmt: skip

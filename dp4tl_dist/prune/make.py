@@ -94,10 +94,11 @@ def prune(
         "coverage": coverage, "like": like and str(like), "balanced": balanced, "reverse": reverse, "combine": combine,
         "weights": weights,
     }  # fmt: skip
-    subset, inputs = choose(beton, choice)
+    subset, inputs, metas = choose(beton, choice)
     inputs = {"source": beton.fingerprint, **inputs}
     about = {"groups_are": "classes", "num_groups": beton.num_classes, **subset.meta}
-    meta = make_meta("subset", config=config, seed=seed if choice.draws else None, inputs=inputs) | about
+    drawn = seed if choice.draws else None
+    meta = make_meta("subset", config=config, seed=drawn, inputs=inputs, made_from=metas) | about
     chosen = _not_empty(replace(subset, meta=meta), source)
     val = None if apply_to is None else _open_val(apply_to, beton)
     chosen_val = None if val is None else _not_empty(_apply(chosen, val), val.path)

@@ -86,12 +86,14 @@ def score(
     num_workers: int = 0,
     precision: str = "auto",
     force: bool = False,
+    allow_incomplete: bool = False,
 ) -> ScoreSummary:
     """Score every sample of `source` by `method`, the mean over `surrogates` (checkpoint or run folders); rank 0 writes
     `out`.
 
     All ranks call it and get the same summary or the same UserError. `targets` are what retrieval looks for. forgetting
     and cld read what the surrogates' runs logged. full_gradient: grand by all parameters and not by the head's alone.
+    allow_incomplete: also by networks before their training's end.
     """
     one_of("--method", method, list(METHODS))
     one_of("--precision", precision, PRECISIONS)
@@ -102,25 +104,28 @@ def score(
     inputs = {"source": beton.fingerprint, **{f"target{i}": item.fingerprint for i, item in enumerate(betons)}}
     if rule.reads != "targets":
         beton.labels_for(f"--method {method}")
-    total, view = np.zeros(beton.num_samples), None
+    total, view, made_from = np.zeros(beton.num_samples), None, []
     for i, path in enumerate(surrogates):
         if rule.reads == "losses":
-            found, inputs[f"losses{i}"] = _from_losses(path, rule, beton)
+            found, inputs[f"losses{i}"], meta = _from_losses(path, rule, beton)
         else:
             bf16 = use_bf16(precision, world)
-            network, meta = load_surrogate(path, world, batch_size, resolution, num_workers, bf16=bf16)
+            network, meta = load_surrogate(
+                path, world, batch_size, resolution, num_workers, bf16=bf16, allow_incomplete=allow_incomplete
+            )
             _check_classes(rule, path, meta, beton)
             inputs[f"surrogate{i}"], view = meta["digests"]["weights.safetensors"], network.view
             found = _from_network(network, world, rule, beton, betons, full_gradient=full_gradient)
         if not np.isfinite(found).all():
             raise UserError(f"scores of {path} are not finite: has this surrogate's training failed?")
         total += found / len(surrogates)
+        made_from.append(meta)
     config = {
         "method": method, "surrogates": [str(path) for path in surrogates], "source": str(source),
         "targets": [str(path) for path in targets], "full_gradient": full_gradient, "batch_size": batch_size,
         "resolution": view and view.resolution, "ratio": view and view.ratio, "bf16": use_bf16(precision, world),
     }  # fmt: skip
-    meta = make_meta("scores", config=config, inputs=inputs)
+    meta = make_meta("scores", config=config, inputs=inputs, made_from=made_from)
     result = Scores(total.astype(np.float32), method, rule.keeps, rule.per_class, meta)
     on_main(world, lambda: save_scores(out, result))
     low, median, high = np.quantile(result.scores, [0, 0.5, 1]).tolist()
@@ -151,13 +156,14 @@ def _check_classes(rule: Method, path: Path, meta: dict[str, Any], beton: Beton)
         )
 
 
-def _from_losses(path: Path, rule: Method, beton: Beton) -> tuple[NDArray[np.float64], str]:
-    """Scores (samples,) of what the run at `path` logged, and the log's digest."""
+def _from_losses(path: Path, rule: Method, beton: Beton) -> tuple[NDArray[np.float64], str, dict[str, Any]]:
+    """Scores (samples,) of what the run at `path` logged, and the log's digest and meta."""
     folders = (path, path.parent.parent)  # a run folder, or a checkpoint in one
     file = next((folder / NAME for folder in folders if (folder / NAME).is_file()), path)
     if file.is_dir():
         raise UserError(f"{path} has no {NAME}: train it with --set log.sample_losses=true, or pass the run folder")
-    return rule.function(load_losses(file, beton=beton), beton.labels), digest_file(file)
+    logged = load_losses(file, beton=beton)
+    return rule.function(logged, beton.labels), digest_file(file), logged.meta
 
 
 def _from_network(

@@ -62,12 +62,13 @@ def vote(
     num_workers: int = 0,
     precision: str = "auto",
     force: bool = False,
+    allow_incomplete: bool = False,
 ) -> VoteSummary:
     """Let the images of `targets` vote by the surrogate (a checkpoint or run folder); rank 0 writes `out`.
 
     All ranks call it and get the same summary or the same UserError. lm: groups are the surrogate's classes. fm: groups
     are the classes of `source` or the `clusters` of a clusters file: one of the two is needed. `resolution` defaults to
-    the surrogate's validation resolution.
+    the surrogate's validation resolution. allow_incomplete: also by a surrogate before its training's end.
     """
     one_of("--method", method, METHODS)
     one_of("--precision", precision, PRECISIONS)
@@ -83,8 +84,9 @@ def vote(
     if origin is not None and method == "fm" and clusters is None:
         origin.labels_for("--method fm without --clusters")
     network, meta = load_surrogate(
-        surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world)
-    )
+        surrogate, world, batch_size, resolution, num_workers, bf16=use_bf16(precision, world),
+        allow_incomplete=allow_incomplete,
+    )  # fmt: skip
     inputs = _inputs(meta, surrogate, betons, origin, method=method)
     view, found = network.view, None
     if clusters is not None:
@@ -106,7 +108,9 @@ def vote(
         "bf16": network.bf16,
     }  # fmt: skip
     members = None if found is None else Members(found.assignment, nearest(found))
-    votes = Votes(*result, method, classes, make_meta("votes", config=config, inputs=inputs), members, closest)
+    made_from = [meta] if found is None else [meta, found.meta]
+    about = make_meta("votes", config=config, inputs=inputs, made_from=made_from)
+    votes = Votes(*result, method, classes, about, members, closest)
     on_main(world, lambda: save_votes(out, votes))
     return summarise(votes)
 
@@ -126,7 +130,14 @@ def use_bf16(precision: str, world: World) -> bool:
 
 
 def load_surrogate(
-    path: Path, world: World, batch_size: int, resolution: int | None, num_workers: int, *, bf16: bool
+    path: Path,
+    world: World,
+    batch_size: int,
+    resolution: int | None,
+    num_workers: int,
+    *,
+    bf16: bool,
+    allow_incomplete: bool = False,
 ) -> tuple["Surrogate", dict[str, Any]]:
     """The surrogate on this rank's device with its centre view, and its checkpoint's meta."""
     import torch
@@ -137,7 +148,7 @@ def load_surrogate(
     from dp4tl_dist.prune.surrogate import Surrogate
     from dp4tl_dist.train.checkpoint import load_model
 
-    model, meta = load_model(path)
+    model, meta = load_model(path, allow_incomplete=allow_incomplete)
     network = trained_at(meta, path)
     view = CentreView(network.val_resolution if resolution is None else resolution, network.val_ratio)
     if view.resolution < 1:

@@ -2,10 +2,11 @@
 
 weights.safetensors   parameters and buffers by their plain names (buffers averaged over the ranks)
 state.pt              optimizer, each rank's generator states and own buffers; read with weights_only=True
-meta.json             everything else, and the digest of the two files; written last
+meta.json             everything else, and digests of the two files and of itself; written last
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dp4tl_dist.atomic import atomic_folder
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file, read_json
+from dp4tl_dist.files import digest_file, read_json, unfinished_in
 from dp4tl_dist.log import warn
 from dp4tl_dist.models import build_model, head_name
 from dp4tl_dist.revisions import check_format
@@ -42,16 +43,29 @@ def save(folder: Path, *, weights: dict[str, Tensor], state: dict[str, Any], met
         (temporary / "weights.safetensors").write_bytes(safetensors_bytes(plain))
         with open(temporary / "state.pt", "wb") as handle:  # torch's own file does not tell that a disk is full
             torch.save(state, handle)
-        digests = {name: digest_file(temporary / name) for name in FILES}
-        (temporary / "meta.json").write_text(json.dumps({**meta, "digests": digests}, indent=2, sort_keys=True) + "\n")
+        meta = {**meta, "digests": {name: digest_file(temporary / name) for name in FILES}}
+        meta |= {"digest": digest_meta(meta)}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+
+
+def digest_meta(meta: dict[str, Any]) -> str:
+    """blake2b of a checkpoint's meta without this digest itself."""
+    content = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta of a checkpoint folder. A folder that is none is a UserError."""
+    """The meta of a checkpoint folder. A folder that is none, or a meta that was changed, is a UserError."""
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else None
     if not isinstance(meta, dict) or meta.get("kind") != "checkpoint" or not isinstance(meta.get("digests"), dict):
         raise UserError(f"{folder} is not a checkpoint: pass a checkpoint folder or a run folder of `dp4tl train`")
     check_format(folder, "checkpoint", meta)
+    try:
+        found = digest_meta(meta)
+    except (ValueError, RecursionError):  # what can be read and not written again was not written here
+        found = ""
+    if meta.get("digest", found) != found:
+        raise UserError(f"{folder} is damaged (its meta.json was changed): use another checkpoint")
     return meta
 
 
@@ -72,7 +86,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; a torn one is skipped with a warning."""
+    """The newest whole checkpoint of a run, for the run itself to go on from; a torn one is skipped with a warning."""
     for folder in reversed(checkpoints(run)):
         if is_whole(folder):
             return folder
@@ -122,19 +136,42 @@ def _first_best(metas: dict[Path, dict[str, Any]]) -> Path | None:
     return max(scored, key=lambda folder: scores[folder], default=None)
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint that a user means: a checkpoint folder, or a run folder (its newest whole one)."""
+def resolve(path: Path, *, allow_incomplete: bool = False) -> Path:
+    """The checkpoint that a user means: a checkpoint folder, or a run folder (its newest one).
+
+    One that is damaged is a UserError, and so is one before its training's end unless `allow_incomplete`: whoever goes
+    on from the checkpoint before is the run itself, for anyone else it would be another network.
+    """
+    folder, remedy = path, "use another checkpoint"
     if (path / "checkpoints").is_dir():
-        found = newest(path)
-        if found is None:
-            raise UserError(f"{path} has no complete checkpoint yet: train it first")
-        return found
-    if not path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise UserError(f"{path} has no checkpoint yet: train it first")
+        folder, remedy = found[-1], "train it again, which goes on from the checkpoint before"
+    elif not path.is_dir():
         raise UserError(f"{path} is not there: it should be a checkpoint folder or a run folder of `dp4tl train`")
-    read_meta(path)
-    if not is_whole(path):
-        raise UserError(f"{path} is damaged (its files differ from its meta.json): use another checkpoint")
-    return path
+    if not is_whole(folder):
+        if folder == path:
+            read_meta(path)  # which may tell more
+        raise UserError(f"{folder} is damaged (its files differ from its meta.json): {remedy}")
+    if not allow_incomplete and (stand := standing(read_meta(folder))):
+        raise UserError(
+            f"{path} is not trained to its end ({stand}): finish its training, or add --allow-incomplete "
+            "to use it as it is"
+        )
+    return folder
+
+
+def standing(meta: dict[str, Any]) -> str:
+    """Where a training stood that had not come to its end; "" where it had."""
+    return "" if meta.get("complete") is True else f"step {meta.get('step')}"
+
+
+def used_meta(folder: Path) -> dict[str, Any]:
+    """The meta of a checkpoint for what is made from it: whether it came before its training's end is "unfinished"."""
+    meta = read_meta(folder)
+    stand = standing(meta)
+    return {**meta, "unfinished": [*unfinished_in(meta), *([f"{folder} ({stand})"] if stand else [])]}
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -190,10 +227,10 @@ def head_keys(model: nn.Module) -> set[str]:
     return {f"{head}.{name}" for name in model.get_submodule(head).state_dict()}
 
 
-def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that a checkpoint (or run folder) holds, on the CPU, and the checkpoint's meta with "has_head"."""
-    folder = resolve(path)
-    meta = read_meta(folder)
+def load_model(path: Path, *, allow_incomplete: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a checkpoint (or run folder) holds, on the CPU, and its `used_meta` with "has_head"."""
+    folder = resolve(path, allow_incomplete=allow_incomplete)
+    meta = used_meta(folder)
     try:
         arch, classes = meta["config"]["model"]["arch"], meta["classes"]
     except (KeyError, TypeError) as error:

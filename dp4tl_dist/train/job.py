@@ -41,6 +41,8 @@ class Job:
     label: str = "train"
     losses: LossLog | None = None
     """Logs the loss of every sample."""
+    made_from: tuple[dict[str, Any], ...] = ()
+    """The metas of what it is trained on and starts from."""
 
     @property
     def plan(self) -> Plan:

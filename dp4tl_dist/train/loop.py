@@ -205,7 +205,7 @@ class Fit:
         """What the checkpoint says of itself."""
         job, at = self.job, self.at
         return {
-            **make_meta("checkpoint", config=job.config, seed=job.seed, inputs=job.inputs),
+            **make_meta("checkpoint", config=job.config, seed=job.seed, inputs=job.inputs, made_from=job.made_from),
             "classes": list(job.classes),
             "step": at.step,
             "epoch": at.step // job.steps_per_epoch,

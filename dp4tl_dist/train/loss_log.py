@@ -20,7 +20,6 @@ from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.data.loader import IGNORED, Batch
 from dp4tl_dist.data.losses import NAME, SampleLosses, save_losses
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import make_meta
 from dp4tl_dist.prune.votes import from_units, to_units
 from dp4tl_dist.world import World, all_sum
 
@@ -30,9 +29,9 @@ WORKING = "sample_losses.rows"
 class LossLog:
     """What one run logs. Every rank has one and calls `gather` and `end_validation` together with the others."""
 
-    def __init__(self, out: Path, beton: Beton, *, epochs: int, config: dict[str, Any], inputs: dict[str, str]) -> None:
+    def __init__(self, out: Path, beton: Beton, *, epochs: int, meta: dict[str, Any]) -> None:
         self.path, self.working, self.epochs = out / NAME, out / WORKING, epochs
-        self.meta = make_meta("losses", config=config, inputs=inputs)
+        self.meta = meta
         self.num_classes = beton.num_classes
         self._by_identifier = np.argsort(beton.identifiers, kind="stable")
         self._identifiers = beton.identifiers[self._by_identifier]

@@ -17,12 +17,12 @@ from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.data.subset import load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file, folder_lock, keep_inputs
+from dp4tl_dist.files import digest_file, folder_lock, keep_inputs, make_meta
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.models import build_model, check_arch
 from dp4tl_dist.sides import misfit
 from dp4tl_dist.train.adversarial import Adversarial
-from dp4tl_dist.train.checkpoint import load_into, resolve
+from dp4tl_dist.train.checkpoint import load_into, resolve, used_meta
 from dp4tl_dist.train.engine import check_engine
 from dp4tl_dist.train.evaluate import Split, evaluate
 from dp4tl_dist.train.job import Job
@@ -58,13 +58,13 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     optim = config.train
     check_engine(config.engine)
     check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
-    train_beton, train_split, inputs = make_split(config, world, part="train")
+    train_beton, train_split, inputs, made_from = make_split(config, world, part="train")
     without_labels = config.task.kind == "moco"
     if not without_labels:
         train_beton.labels_for(f"task.kind {config.task.kind}", train_split.kept)
     val_split = None
     if config.data.val:
-        val_beton, val_split, val_inputs = make_split(config, world, part="val")
+        val_beton, val_split, val_inputs, _ = make_split(config, world, part="val")
         inputs |= val_inputs
         if not without_labels or (val_beton.labels[val_split.kept] >= 0).sum() < 2:
             val_beton.labels_for("validation", val_split.kept)
@@ -80,11 +80,14 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         warn(f"{out.name}: {wrong}")
     if config.data.steps_of:
         optim, inputs["steps_of"] = with_steps_of(open_beton(Path(config.data.steps_of)), optim)
+    folder = None
+    if config.model.init:
+        folder = resolve(Path(config.model.init), allow_incomplete=config.model.allow_incomplete)
+        made_from.append(used_meta(folder))
     classes = train_beton.classes or ("unlabelled",)  # a checkpoint names at least one
     torch.manual_seed(config.seed)
     model = build_model(config.model.arch, len(classes))
-    if config.model.init:
-        folder = resolve(Path(config.model.init))
+    if folder is not None:
         load_into(model, folder, fresh_head=True)
         inputs["init"] = digest_file(folder / "meta.json")
     task = make_task(config, model, world)
@@ -105,13 +108,15 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         log=config.log,
         checkpoint=config.checkpoint,
         label=out.name,
+        made_from=tuple(made_from),
     )
     job.check(world.num_ranks)
     if not config.log.sample_losses:
         return job
     if not isinstance(task, Supervised):
         raise UserError(f"log.sample_losses follows labels, and task.kind {config.task.kind} has none: leave it out")
-    losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, config=job.config, inputs=inputs)
+    about = make_meta("losses", config=job.config, inputs=inputs, made_from=made_from)
+    losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, meta=about)
     task.watch = losses.add
     return replace(job, losses=losses)
 
@@ -182,17 +187,21 @@ def claimed(out: Path, *, force: bool, inputs: Sequence[str] = ()) -> Iterator[N
         yield
 
 
-def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, Split, dict[str, str]]:
-    """The beton, the split and the input fingerprints of `part`: "train" or "val"."""
+def make_split(
+    config: TrainConfig, world: World, *, part: str
+) -> tuple[Beton, Split, dict[str, str], list[dict[str, Any]]]:
+    """The beton, the split and the inputs' fingerprints and metas of `part`: "train" or "val"."""
     data = config.data
     path, subset_path = (data.train, data.subset) if part == "train" else (data.val, data.val_subset)
     if not path:
         raise UserError(f"data.{part} is not set: name a beton in the config or with --set data.{part}=FILE.beton")
     beton = open_beton(Path(path))
-    inputs = {part: beton.fingerprint}
+    inputs, metas = {part: beton.fingerprint}, [beton.meta]
     kept = np.arange(beton.num_samples)
     if subset_path:
-        kept = load_subset(Path(subset_path), beton=beton).indices
+        subset = load_subset(Path(subset_path), beton=beton)
+        kept = subset.indices
+        metas.append(subset.meta)
         inputs[f"{part}_subset"] = digest_file(Path(subset_path))
     loader = BetonLoader(
         beton,
@@ -203,4 +212,4 @@ def make_split(config: TrainConfig, world: World, *, part: str) -> tuple[Beton, 
         tells=world.is_main,
     )
     pages = beton.pages[kept] if data.page_aware and part == "train" else None
-    return beton, Split(loader, kept, pages), inputs
+    return beton, Split(loader, kept, pages), inputs, metas

@@ -1,7 +1,6 @@
 """Run folders: what a training goes on from, and what the report shows."""
 
 import contextlib
-import json
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import nn
 from dp4tl_dist.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, OptimConfig, TrainConfig
 from dp4tl_dist.data.loader import Batch
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file, write_json
+from dp4tl_dist.files import write_json
 from dp4tl_dist.log import Metrics
 from dp4tl_dist.report import provenance, sections, tables
 from dp4tl_dist.report.brute_force import forces
@@ -97,9 +96,7 @@ def read_resume(folder: Path) -> Iterator[None]:
     step = folder / fuzz_checkpoint.STEP
     with contextlib.suppress(UserError):  # what cannot be read cannot be signed
         if (folder / "resign").exists():
-            meta = checkpoint.read_meta(step)
-            meta["digests"] = {name: digest_file(step / name) for name in checkpoint.FILES}
-            (step / "meta.json").write_text(json.dumps(meta))
+            fuzz_checkpoint.resign(step)
     fit = make_fit(folder)
     yield
     if run_state.resume(fit) is None:

@@ -65,7 +65,7 @@ def make_surrogate(tmp_path_factory: pytest.TempPathFactory) -> MakeSurrogate:
             "train": {"resolution": 32, "val_resolution": 32, "val_ratio": 0.875},
         }
         meta = make_meta("checkpoint", config=config, inputs={"train": beton.fingerprint})
-        meta |= {"classes": list(beton.classes)}
+        meta |= {"classes": list(beton.classes), "complete": True}
         checkpoint.save(folder, weights=model.state_dict(), state={}, meta=meta)
         return folder
 

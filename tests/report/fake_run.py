@@ -99,7 +99,7 @@ def _train(graph: Graph, stage: Stage, classes: tuple[str, ...], going_on: bool)
     if not going_on:
         meta = make_meta("checkpoint", config=stage.config, seed=0, inputs={"train": "f00"})
         restarts = int(stage.name == "surrogate")
-        more = {"restarts": restarts, "num_samples": 6 * len(classes), "seconds": 9.0, "step": 30}
+        more = {"restarts": restarts, "num_samples": 6 * len(classes), "seconds": 9.0, "step": 30, "complete": True}
         write_json(stage.output / "checkpoints" / "step_000000030" / "meta.json", meta | more)
 
 
