@@ -10,6 +10,7 @@ from dp4tl_dist.atomic import atomic_file
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import write_json
 from dp4tl_dist.log import say
+from dp4tl_dist.marks import MARK, marked
 from dp4tl_dist.stages import Graph
 from dp4tl_dist.sweep_surrogates import study_agreement, study_surrogates
 from dp4tl_dist.sweep_table import Row, summarise, tidy
@@ -55,12 +56,14 @@ def as_text(summary: Sequence[Row], surrogates: Sequence[Row]) -> str:
 def _accuracies(rows: Sequence[Row]) -> Any:
     heads = ["target", "arm", "mode", "samples", "total", "speed-up", "top-1 %", "n", "to random", "pairs"]
     cells = [
-        [row["target"], row["arm"], row["mode"], f"{row['samples']:.0f}", f"{row['total_s']:.1f} s",
-         "-" if row["speed_up"] is None else f"{row['speed_up']:.2f}x", _pm(row["mean"], row["std"]), str(row["n"]),
+        [row["target"], marked(row["arm"], row["marks"]), row["mode"], f"{row['samples']:.0f}",
+         f"{row['total_s']:.1f} s", "-" if row["speed_up"] is None else f"{row['speed_up']:.2f}x",
+         _pm(row["mean"], row["std"]), str(row["n"]),
          _pm(row["to_random"], row["to_random_se"], sign="+"), str(row["pairs"])]
         for row in rows
     ]  # fmt: skip
     caption = "top-1: mean +- std over seeds. To random: paired by seed and target at the same size, mean +- std. error"
+    caption += "".join(f"\n{MARK} {line}" for line in dict.fromkeys(line for row in rows for line in row["marks"]))
     return _table("accuracy", heads, cells, caption)
 
 
@@ -68,8 +71,9 @@ def _surrogates(rows: Sequence[Row]) -> Any:
     heads = ["surrogate", "choice", "target", "arch", "epochs", "cost", "val %", "overlap", "mode", "top-1 %"]
     heads.append("to random")
     cells = [
-        [row["surrogate"] or "(default)", f"{row['method']}@{row['keep']}", row["target"], row["arch"],
-         str(row["epochs"]), f"{row['seconds']:.1f} s", _pm(row["val_top1"]), _pm(row["overlap"]), row["mode"],
+        [marked(row["surrogate"] or "(default)", row["marks"]), f"{row['method']}@{row['keep']}", row["target"],
+         row["arch"], str(row["epochs"]), f"{row['seconds']:.1f} s", _pm(row["val_top1"]), _pm(row["overlap"]),
+         row["mode"],
          _pm(row["mean"]), _pm(row["to_random"], sign="+")]
         for row in rows
     ]  # fmt: skip

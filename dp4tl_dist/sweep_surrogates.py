@@ -43,6 +43,7 @@ def study_surrogates(graph: Graph, rows: Sequence[Row]) -> list[Row]:
             found.append({
                 "surrogate": surrogate, **facts[surrogate], "reference": largest, "method": method, "keep": keep,
                 "target": target, "mode": mode, "kept": len(mine), "overlap": same,
+                "marks": list(dict.fromkeys(row["marks"] for row in own if row["marks"])),
                 "n": len(top1), "mean": statistics.fmean(top1) if top1 else None,
                 "to_random": statistics.fmean(apart) if apart else None,
             })  # fmt: skip

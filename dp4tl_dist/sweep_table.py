@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dp4tl_dist.arm_name import AUTO, RANDOM, parse_arm
+from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz, read_json
+from dp4tl_dist.log import warn
+from dp4tl_dist.marks import Marks
 from dp4tl_dist.stages import Graph, Trial
 from dp4tl_dist.table import num_samples
 
@@ -16,7 +19,7 @@ EVERYWHERE = "all targets"
 
 def tidy(graph: Graph) -> list[Row]:
     """One row for each trial and mode whose stages are all done: names, accuracy as shares of 1, sizes and seconds."""
-    rows = []
+    rows, marks = [], Marks(graph)
     for trial in graph.trials:
         for mode, transfer in trial.transfers.items():
             seconds = {name: stage_seconds(graph, name) for name in (trial.pretrain, transfer, *trial.selection)}
@@ -30,6 +33,7 @@ def tidy(graph: Graph) -> list[Row]:
                 "classes": _num_classes(trial), "samples": num_samples(graph, trial),
                 "pretrain_s": seconds[trial.pretrain], "selection_s": selection,
                 "total_s": (seconds[trial.pretrain] or 0.0) + selection, "transfer_s": seconds[transfer],
+                "marks": "; ".join(marks.of(trial, [transfer])),
             })  # fmt: skip
     return rows
 
@@ -43,10 +47,15 @@ def _names(trial: Trial) -> Row:
 
 
 def stage_seconds(graph: Graph, stage: str) -> float | None:
-    """Wall seconds of a finished stage."""
+    """Wall seconds of a finished stage; a damaged record is of none."""
     path = graph.out / "stages" / f"{stage}.json"
-    record = read_json(path) if path.exists() else {}
-    return float(record["seconds"]) if record.get("status") == "done" else None
+    try:
+        record = read_json(path) if path.exists() else {}
+    except UserError as error:
+        warn(f"{error}: {stage} counts as not done")
+        return None
+    seconds = record.get("seconds") if isinstance(record, dict) and record.get("status") == "done" else None
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def _num_classes(trial: Trial) -> int | None:
@@ -107,6 +116,7 @@ def _summary(
         "pairs": len(apart), "to_random": statistics.fmean(apart) if apart else None, "to_random_std": spread,
         "to_random_se": None if spread is None else spread / math.sqrt(len(apart)),
         **{key: statistics.fmean(row[key] for row in own) for key in ("samples", "pretrain_s", "total_s")},
+        "marks": list(dict.fromkeys(row["marks"] for row in own if row["marks"])),
     }  # fmt: skip
 
 

@@ -9,24 +9,28 @@ import numpy as np
 
 from dp4tl_dist.files import load_npz, read_json, write_json
 from dp4tl_dist.log import on_terminal, say
+from dp4tl_dist.marks import MARK, Marks, marked
 from dp4tl_dist.stages import Graph, Trial
 
 
 def collect(graph: Graph) -> list[dict[str, Any]]:
     """One row for each (arm, target) whose trials are all there: sizes, seconds, speed-up over dense, accuracies."""
-    rows = []
+    rows, marks = [], Marks(graph)
     for target in graph.config.targets:
         for arm in graph.config.arms:
             trials = [trial for trial in graph.trials if trial.arm == arm and trial.target == target]
-            rows.append(row_of(graph, arm, target, trials))
+            rows.append(row_of(graph, arm, target, trials, marks))
     dense = {row["target"]: row["total_s"] for row in rows if row["arm"] == "dense"}
     for row in rows:
         row["speed_up"] = dense[row["target"]] / row["total_s"] if row["target"] in dense else None
     return rows
 
 
-def row_of(graph: Graph, arm: str, target: str, trials: list[Trial]) -> dict[str, Any]:
-    """The means over the seeds. `pretrain_s` and `selection_s` are wall seconds of whole stages, imports included."""
+def row_of(graph: Graph, arm: str, target: str, trials: list[Trial], marks: Marks) -> dict[str, Any]:
+    """The means over the seeds. `pretrain_s` and `selection_s` are wall seconds of whole stages, imports included.
+
+    `marks` tell of numbers from trainings before their end, and of results that were changed.
+    """
 
     def seconds(stage: str) -> float:
         return float(read_json(graph.out / "stages" / f"{stage}.json")["seconds"])
@@ -44,6 +48,7 @@ def row_of(graph: Graph, arm: str, target: str, trials: list[Trial]) -> dict[str
     return {
         "arm": arm,
         "target": target,
+        "marks": sorted({line for trial in trials for line in marks.of(trial, trial.transfers.values())}),
         "seeds": [trial.seed for trial in trials],
         "samples": [num_samples(graph, trial) for trial in trials],
         "pretrain_s": pretrain,
@@ -76,7 +81,7 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     for header in ("source samples", "pretrain", "total*", "speed-up", *(_header(*item) for item in shown)):
         table.add_column(header, justify="right")
     for row in rows:
-        cells = [row["target"], row["arm"], _samples(row["samples"]),
+        cells = [row["target"], marked(row["arm"], row["marks"]), _samples(row["samples"]),
                  f"{row['pretrain_s']:.1f} s", f"{row['total_s']:.1f} s",
                  f"{row['speed_up']:.2f}x" if row["speed_up"] else "-",
                  *(_accuracy(row[key][mode]) for key, mode in shown)]  # fmt: skip
@@ -85,6 +90,8 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     table.caption = (
         f"* with the surrogate's training, voting and pruning; mean over {seeds} seed{'s' if seeds > 1 else ''}"
     )
+    lines = list(dict.fromkeys(line for row in rows for line in row["marks"]))
+    table.caption += "".join(f"\n{MARK} {line}" for line in lines)
     write_json(out / "results.json", json.loads(json.dumps(rows)))
     with open(out / "results.txt", "w") as handle:
         Console(file=handle, width=110).print(table)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dp4tl_dist.arm_name import RANDOM
 from dp4tl_dist.data.beton import Beton, sidecar
 from dp4tl_dist.files import read_json
+from dp4tl_dist.marks import MARK
 from dp4tl_dist.report.collect import Metrics, Run
 
 MUCH_WAITING = 0.3
@@ -31,6 +32,8 @@ def caveats(run: Run) -> Iterator[tuple[str, str]]:
         if share > MUCH_WAITING:
             yield stage, f"waited for data {100 * share:.0f} % of the time: more cores or num_workers would help"
         yield from ((stage, text) for text in _logged_warnings(run, stage))
+    for arm in run.arms:
+        yield from ((f"{arm.name} on {arm.target} {MARK}", line) for line in arm.marks)
     methods = {arm.method for arm in run.arms}
     if len(run.config.arms) > 1 and not methods & RANDOM.keys():
         yield "arms", "there is no random arm: without one of the same size, no gain can be told from chance"

@@ -16,6 +16,7 @@ from dp4tl_dist.data.subset import Subset, load_subset
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import read_json
 from dp4tl_dist.log import read_jsonl
+from dp4tl_dist.marks import Marks, marked
 from dp4tl_dist.report.artefacts import meta_of, run_folder, stages_of
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Trial
@@ -46,6 +47,13 @@ class Arm:
     seconds: dict[str, float | None]
     """Mean wall seconds of each of PARTS; None while no seed has them."""
     samples: float | None
+    marks: tuple[str, ...] = ()
+    """What a reader must know before believing its numbers."""
+
+    @property
+    def shown(self) -> str:
+        """Its name in tables and captions."""
+        return marked(self.name, self.marks)
 
     @property
     def voter(self) -> str:
@@ -148,6 +156,10 @@ class Run:
         return self.attempt(load_subset, path, beton=self.betons.get("source"))
 
     @cached_property
+    def marks(self) -> Marks:
+        return Marks(self.graph)
+
+    @cached_property
     def arms(self) -> list[Arm]:
         """Every arm on every target, in the config's order."""
         return [self._arm(arm, target) for target in self.config.targets for arm in self.config.arms]
@@ -176,9 +188,9 @@ class Run:
         method, keep = (found.kind, self._share_kept(found.keep, trials)) if found else (name, 1.0)
         seconds = {part: self._mean_seconds(trials, part) for part in PARTS}
         options = "".join(name.partition("@")[2].partition("+")[1:])
-        return Arm(
-            name, method, options, keep, target, trials, accuracy, seconds, statistics.fmean(counts) if counts else None
-        )
+        marks = {line for trial in trials for line in self.marks.of(trial, trial.transfers.values())}
+        samples = statistics.fmean(counts) if counts else None
+        return Arm(name, method, options, keep, target, trials, accuracy, seconds, samples, tuple(sorted(marks)))
 
     def _share_kept(self, keep: str, trials: tuple[Trial, ...]) -> float:
         """The share of the classes that an arm's name gives; at "auto" its subsets tell it, once they are there."""

@@ -108,7 +108,7 @@ def sentences(run: Run, target: str) -> Iterator[str]:
             if not values:
                 continue
             groups = "clusters" if arm.method.startswith("fm") and run.config.clusters.count else "classes"
-            text = f"{arm.name} keeps {100 * arm.keep:g}{NBSP}% of the source {groups} and reaches {accuracy(values)}"
+            text = f"{arm.shown} keeps {100 * arm.keep:g}{NBSP}% of the source {groups} and reaches {accuracy(values)}"
             text += f" on {arm.target}" + (f" ({mode})" if len(run.config.transfer.modes) > 1 else "")
             under = arm.accuracy.get(mode + ROBUST)
             text += f" ({accuracy(under)} under attack)" if under else ""

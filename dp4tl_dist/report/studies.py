@@ -3,6 +3,7 @@
 from typing import Any
 
 from dp4tl_dist.files import read_json
+from dp4tl_dist.marks import marked
 from dp4tl_dist.report.collect import Run, number
 from dp4tl_dist.report.tables import Cell, Table
 
@@ -18,6 +19,7 @@ SURROGATES = (
     ("val_top1", "validation, %", ".2f"), ("overlap", "overlap", ".2f"), ("mode", "mode", ""),
     ("mean", "top-1, %", ".2f"), ("to_random", "to random", "+.2f"),
 )  # fmt: skip
+MARKED = ("arm", "surrogate")
 Keys = tuple[tuple[str, str, str], ...]
 
 
@@ -38,7 +40,10 @@ def sweep_tables(run: Run) -> dict[str, Table]:
 def table(name: str, keys: Keys, rows: Any) -> Table:
     """A table of what fits: the file may be a stranger's, and what is of another type is left out."""
     kept = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    cells: list[tuple[Cell, ...]] = [tuple(_cell(row.get(key), form) for key, _, form in keys) for row in kept]
+    cells: list[tuple[Cell, ...]] = []
+    for row in kept:
+        named = row | {key: marked(row[key], row.get("marks") or []) for key in MARKED if isinstance(row.get(key), str)}
+        cells.append(tuple(_cell(named.get(key), form) for key, _, form in keys))
     return Table(name, tuple((head, form) for _, head, form in keys), cells)
 
 

@@ -57,7 +57,7 @@ def results(run: Run) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for arm in run.arms:
         dense, random = peer(run, arm, "dense"), peer(run, arm, "random")
-        cells: list[Cell] = [arm.target, Link(arm.name, f"#arm-{arm.target}-{arm.name}"), arm.samples,
+        cells: list[Cell] = [arm.target, Link(arm.shown, f"#arm-{arm.target}-{arm.name}"), arm.samples,
                              arm.seconds["pretraining"], arm.total, speed_up(dense, arm), 1 / arm.keep]  # fmt: skip
         for measure, values in arm.accuracy.items():
             mean, std = mean_std(values)
@@ -97,13 +97,13 @@ def points(arms: Sequence[Arm], mode: str, *, name: str) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for arm in arms:
         each = "; ".join(f"{value:.2f}" for value in arm.accuracy[mode])
-        rows.append((arm.name, arm.ratio, arm.total, *mean_std(arm.accuracy[mode]), each))
+        rows.append((arm.shown, arm.ratio, arm.total, *mean_std(arm.accuracy[mode]), each))
     heads = (("arm", ""), ("pruned, %", ".0f"), ("total, s", ".1f"), ("mean, %", ".2f"), ("std", ".2f"))
     return Table(name, (*heads, (f"each of {len(seeds)} seeds", "")), rows)
 
 
 def times(arms: Sequence[Arm]) -> Table:
-    rows: list[tuple[Cell, ...]] = [(arm.name, *(arm.seconds[part] for part in PARTS), arm.total) for arm in arms]
+    rows: list[tuple[Cell, ...]] = [(arm.shown, *(arm.seconds[part] for part in PARTS), arm.total) for arm in arms]
     heads = [("arm", ""), *((f"{part}, s", ".1f") for part in PARTS), ("total, s", ".1f")]
     return Table(f"times-{arms[0].target}", tuple(heads), rows)
 

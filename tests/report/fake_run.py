@@ -13,6 +13,7 @@ from dp4tl_dist.data.beton import JPEG, RAW, BetonWriter, open_beton
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.prune.influence import Influence, save_influence
 from dp4tl_dist.prune.votes_file import Votes, save_votes
+from dp4tl_dist.records import output_digest
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph, Stage
 
@@ -39,8 +40,11 @@ def make_run(
     arms: tuple[str, ...] = ARMS,
     targets: tuple[str, ...] = ("pets",),
     robust: bool = False,
+    results: dict[str, Any] | None = None,
 ) -> Graph:
-    """Two seeds of every arm on every target; `stop_at` names the stage that is still going on."""
+    """Two seeds of every arm on every target; `stop_at` names the stage that is still going on. results: what each
+    transfer says beside its accuracy.
+    """
     paths = {"train": "synthetic:target/train", "test": "synthetic:target/test"}
     config = RunConfig.model_validate({
         "source": {"train": "synthetic:source/train"}, "arms": arms, "seeds": (0, 1),
@@ -55,8 +59,10 @@ def make_run(
     for number, stage in enumerate(graph.stages.values()):
         going_on = stage.name == stop_at
         makers[stage.argv[0]](graph, stage, classes, going_on)
+        if stage.argv[0] == "transfer" and results and not going_on:
+            write_json(stage.output, {**json.loads(stage.output.read_text()), **results})
         record = {"name": stage.name, "argv": list(stage.argv), "seconds": 0.0 if going_on else 10.0 + number,
-                  "status": "running" if going_on else "done", "nproc": 2, "output": f"digest{number}"}  # fmt: skip
+                  "status": "running" if going_on else "done", "nproc": 2, "output": output_digest(stage)}  # fmt: skip
         write_json(out / "stages" / f"{stage.name}.json", record)
         (out / "logs" / f"{stage.name}.log").write_text(f"$ python\nwarning: of {stage.name}\n")
         if going_on:
