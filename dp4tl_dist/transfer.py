@@ -85,8 +85,8 @@ def transfer(
     """Transfer a checkpoint to a target; rank 0 writes the result to `out` (JSON) and every rank returns it.
 
     One that was cut off is continued; `force` starts afresh. Without `test` what was held out of `train` is all that
-    judges, and the result has no accuracy but `val_top1`. allow_incomplete: also a checkpoint before its training's end.
-    All ranks call it.
+    judges, and the result has no accuracy but `val_top1`. allow_incomplete: also one before its training's end. All
+    ranks call it.
     """
     started = time.monotonic()
     check_engine(config.engine)
