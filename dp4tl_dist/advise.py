@@ -63,9 +63,8 @@ class Advice:
         self.beton, self.cast, self.ranking = beton, cast, ranking
         self.votes, total = votes[ranking], len(ranking)
         self.names, members = cast[0].classes, cast[0].members
-        self.group_of_sample: NDArray[np.integer] = (
-            beton.labels_for("advice by classes") if members is None else members.assignment
-        )
+        groups = beton.labels_for("advice by classes") if members is None else members.assignment
+        self.group_of_sample: NDArray[np.integer] = groups
         counts = np.bincount(self.group_of_sample, minlength=total)[ranking]
         bytes_each = beton.sizes.astype(np.float64)
         sizes = np.bincount(self.group_of_sample, weights=bytes_each, minlength=total)[ranking]
