@@ -53,7 +53,7 @@ TEARS: dict[str, Any] = {
     "weights flipped": lambda folder: flip(folder / "weights.safetensors"),
     "state missing": lambda folder: (folder / "state.pt").unlink(),
     "state flipped": lambda folder: flip(folder / "state.pt"),
-    "meta changed": lambda folder: change(folder / "meta.json", '"step": 9', '"step": 8'),
+    "meta changed": lambda folder: change(folder / "meta.json", '"complete": true', '"complete": false'),
     "meta missing": lambda folder: (folder / "meta.json").unlink(),
     "meta cut": lambda folder: (folder / "meta.json").write_text('{"kind": "check'),
     "meta of another kind": lambda folder: (folder / "meta.json").write_text('{"kind": "votes"}'),
