@@ -116,16 +116,14 @@ def test_what_changes_nothing(place: Path, content: Content) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, None], ids=["cut", "zeroed", "gone"])
-def test_a_damaged_end_of_a_training_is_trained_on(place: Path, content: bytes | None) -> None:
-    """From the checkpoint before; what follows was made from the same weights and stays."""
+def test_a_training_with_damaged_weights_is_not_done(place: Path, content: bytes | None) -> None:
+    """It is made again; what follows was made from the same weights and stays."""
     made()
     (weights,) = Path("out/surrogate/checkpoints").glob("*/weights.safetensors")
     weights.write_bytes(content) if content is not None else weights.unlink()
     planned = {stage.name: why for stage, why in records.plan(Graph(small(), Path("out")))}
-    assert planned["surrogate"] == "resume"
-    (Path("out/surrogate") / "of the former life").touch()
-    assert made() == ["surrogate"]
-    assert (Path("out/surrogate") / "of the former life").exists(), "nothing was removed"
+    assert planned["surrogate"] == "replace"
+    assert made() == ["surrogate"] and made() == []
 
 
 CHANGES: list[tuple[Content, set[str]]] = [

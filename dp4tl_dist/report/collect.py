@@ -52,7 +52,6 @@ class Arm:
 
     @property
     def shown(self) -> str:
-        """Its name in tables and captions."""
         return marked(self.name, self.marks)
 
     @property
