@@ -87,6 +87,11 @@ class SlurmConfig(StageResources):
         whole.setdefault("tasks", whole["gpus"] or nproc)
         return StageResources(**whole)
 
+    def ranks(self, stage: str, *, distributed: bool, nproc: int) -> int:
+        """The ranks of that stage, on all of its nodes."""
+        given = self.resources(stage, distributed=distributed, nproc=nproc)
+        return (given.nodes or 1) * (given.tasks or 1)
+
 
 def minutes(time: str) -> int:
     """A SLURM time limit in whole minutes, rounded up; 0 where it is none."""

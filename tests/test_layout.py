@@ -26,7 +26,7 @@ LEVELS = (
     ("schedule", "train"),
     ("transfer",),
     ("influence",),
-    ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep"),
+    ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep", "plan", "plan_known", "plan_sizes"),
     ("report",),
     ("children", "launcher", "ranks", "outputs", "records", "table", "info", "doctor", "pipeline", "advise"),
     ("stage_job", "jobs"),
