@@ -298,7 +298,7 @@ def tiny(root: Path) -> Path:
 
 def weights_after(world: World, root: Path, out: Path, mode: str, content: Content) -> tuple[dict[str, Any], list[int]]:
     """The weights of a short transfer on these ranks, and the samples that its steps took, all ranks together."""
-    config = config_of(mode, content)
+    config = config_of(mode, content).suited(TrainedAt("resnet_tiny", 16, 16, 224 / 256))
     target = open_target(root / "train.beton", root / "test.beton", val_share=0.1, seed=0)
     torch.manual_seed(0)
     built, _ = build_module("resnet_tiny", root / "source", CLASSES, config)
