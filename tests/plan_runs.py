@@ -19,10 +19,13 @@ from dp4tl_dist.influence import influence
 from dp4tl_dist.influence_config import InfluenceConfig
 from dp4tl_dist.recipes import TransferConfig, recipe
 from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.sides import trained_at
 from dp4tl_dist.stage import Stage
 from dp4tl_dist.stages import Graph
+from dp4tl_dist.train.check import check_transfer
+from dp4tl_dist.train.checkpoint import read_meta
 from dp4tl_dist.train.supervised import make_job
-from dp4tl_dist.transfer import check_transfer, transfer
+from dp4tl_dist.transfer import transfer
 from dp4tl_dist.world import World
 
 Content = dict[str, Any]
@@ -178,9 +181,9 @@ def _first_step(stage: Stage, num_ranks: int) -> None:
         content = recipe(args.mode, stage.config or {})
         whole = validate(TransferConfig, content, source=stage.name)
         folder = sorted((args.checkpoint / "checkpoints").iterdir())[-1]
-        arch = TrainConfig.model_validate_json((args.checkpoint / "config.json").read_text()).model.arch
-        assert folder.is_dir()
-        check_transfer(whole, arch, open_beton(args.train).class_sizes, args.train, num_ranks)
+        network = trained_at(read_meta(folder), folder)
+        sizes = open_beton(args.train).class_sizes
+        check_transfer(whole.suited(network), network.arch, sizes, args.train, num_ranks)
         brief = whole.model_copy(update={"train": whole.train.model_copy(update={"steps": 1})})
         transfer(brief, checkpoint_path=args.checkpoint, train=args.train, test=args.test, out=args.out, world=World())
     elif stage.argv[0] == "influence":
