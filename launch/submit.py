@@ -134,8 +134,7 @@ def submit(
             f"{out}: SLURM gives '%', '\\' and line ends in a log's path another meaning: choose another --out"
         )
     graph = Graph(config, out)
-    check_plan(graph, ranks=lambda stage: config.slurm.ranks(
-        stage.name, distributed=stage.distributed, nproc=config.nproc), here=False)  # fmt: skip
+    check_plan(graph, ranks=lambda stage: config.slurm.ranks(stage, config.nproc), here=False)
     saved, resolved = SavedJobs(out), config.model_dump(mode="json")
     digest = hashlib.blake2b(json.dumps(resolved, sort_keys=True).encode(), digest_size=6).hexdigest()
     waiting = {} if dry_run else in_queue(saved.ids())
