@@ -10,6 +10,7 @@ from dp4tl_dist.config_file import (
     Count,
     Model,
     NotNegative,
+    Part,
     Positive,
     Share,
     Table,
@@ -23,8 +24,9 @@ from dp4tl_dist.optim_config import OptimConfig
 
 __all__ = [
     "MAX_TOML_BYTES", "PRESETS", "AdversarialConfig", "CheckpointConfig", "Count", "DataConfig", "EngineConfig",
-    "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Positive", "Share", "Table",
-    "TaskConfig", "TrainConfig", "Training", "apply_overrides", "find_config", "load_config", "read_toml", "validate",
+    "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Part", "Positive", "Share",
+    "Table", "TaskConfig", "TrainConfig", "Training", "apply_overrides", "find_config", "load_config", "read_toml",
+    "validate",
 ]  # fmt: skip
 
 

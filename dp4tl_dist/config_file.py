@@ -13,6 +13,7 @@ MAX_TOML_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dp4tl_dist.config import DataConfig, LogConfig, TrainConfig
+from dp4tl_dist.config import DataConfig, LogConfig, TrainConfig, validate
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
 from dp4tl_dist.errors import InUseError, UserError
@@ -25,6 +25,7 @@ from dp4tl_dist.influence_config import InfluenceConfig
 from dp4tl_dist.log import say
 from dp4tl_dist.prune.influence import Influence, draw_mask, estimate, save_influence
 from dp4tl_dist.recipes import TransferConfig, recipe
+from dp4tl_dist.sides import TrainedAt
 from dp4tl_dist.world import World
 
 
@@ -40,9 +41,7 @@ def influence(
     source, target = open_beton(Path(config.source)), open_beton(Path(config.target))
     for beton in (source, target):
         beton.labels_for("influence")
-    if source.num_classes < 2:
-        raise UserError(f"{source.path} has one class: there is nothing to tell apart")
-    estimate(all_masks(config, source), np.zeros(config.masks))  # too few masks are refused before anything is trained
+    check_influence(config, source.class_sizes, target.class_sizes)
     store = out.with_name(out.name + ".run")
     if force and worker[0] == 0:
         shutil.rmtree(store, ignore_errors=True)
@@ -51,6 +50,21 @@ def influence(
         with contextlib.suppress(InUseError):  # another worker has it
             fill(config, source, store, row, world)
     return conclude(store, config, source, out)
+
+
+def check_influence(config: InfluenceConfig, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+    """Raise UserError where some model cannot be trained or judged; source and target: sizes of their classes."""
+    from dp4tl_dist.train.check import check_train, check_transfer
+
+    if len(source) < 2:
+        raise UserError(f"{config.source} has one class: there is nothing to tell apart")
+    masks = all_masks(config, len(source))
+    estimate(masks, np.zeros(config.masks))  # too few masks
+    small, smallest = small_config(config, DataConfig()), int((masks * source).sum(axis=1).min())
+    check_train(small, small.train, samples=smallest, num_classes=len(source), num_ranks=1)
+    optim = config.train
+    network = TrainedAt(config.model.arch, optim.resolution, optim.val_resolution, optim.val_ratio)
+    check_transfer(probe_config(config).suited(network), network.arch, target, Path(config.target), num_ranks=1)
 
 
 def fill(config: InfluenceConfig, source: Beton, store: Path, row: int, world: World) -> None:
@@ -78,9 +92,9 @@ def row_path(store: Path, row: int) -> Path:
     return store / "rows" / f"{row:06d}.json"
 
 
-def all_masks(config: InfluenceConfig, source: Beton) -> NDArray[np.bool_]:
+def all_masks(config: InfluenceConfig, num_classes: int) -> NDArray[np.bool_]:
     """(masks, classes)"""
-    return np.stack([draw_mask(source.num_classes, row, seed=config.seed) for row in range(config.masks)])
+    return np.stack([draw_mask(num_classes, row, seed=config.seed) for row in range(config.masks)])
 
 
 def declare(store: Path, config: InfluenceConfig, source: Beton, target: Beton) -> None:
@@ -107,27 +121,37 @@ def measure(config: InfluenceConfig, source: Beton, mask: NDArray[np.bool_], wor
     indices = samples_of_groups(source.labels, groups)
     meta = make_meta("subset", inputs={"source": source.fingerprint})
     save_subset(work / "subset.npz", Subset(indices, groups, 1 - len(groups) / len(mask), "half", meta))
-    data = {"train": str(source.path), "subset": str(work / "subset.npz"), "min_scale": config.min_scale}
-    small = TrainConfig(
-        seed=config.seed, data=DataConfig(**data, num_workers=config.num_workers), model=config.model,  # type: ignore[arg-type]
-        train=config.train, engine=config.engine, log=LogConfig(tensorboard=False),
-    )  # fmt: skip
+    data = DataConfig(train=str(source.path), subset=str(work / "subset.npz"), min_scale=config.min_scale,
+                      num_workers=config.num_workers)  # fmt: skip
+    small = small_config(config, data)
     with contextlib.redirect_stdout(io.StringIO()):  # one line a model is enough
         train(small, out=work / "model", world=world)
         result = _probe(config, work, world)
     return float(result["val_top1"])
 
 
+def small_config(config: InfluenceConfig, data: DataConfig) -> TrainConfig:
+    """How each model is trained."""
+    return TrainConfig(seed=config.seed, data=data, model=config.model, train=config.train, engine=config.engine,
+                       log=LogConfig(tensorboard=False))  # fmt: skip
+
+
+def probe_config(config: InfluenceConfig) -> TransferConfig:
+    """How each model is judged."""
+    # A probe on features that are there has no blocks to compute again.
+    engine = {**config.engine.model_dump(mode="json"), "activation_checkpointing": False}
+    content: dict[str, Any] = {"seed": config.seed, "val_share": config.val_share, "cached": True, "engine": engine}
+    return validate(TransferConfig, recipe("lp", {**content, "train": config.lp}), source="influence.lp")
+
+
 def _probe(config: InfluenceConfig, work: Path, world: World) -> dict[str, Any]:
     """The result of a linear probe on the target."""
     from dp4tl_dist.transfer import transfer
 
-    content: dict[str, Any] = {"seed": config.seed, "val_share": config.val_share, "cached": True, "train": config.lp}
-    probe = TransferConfig.model_validate(recipe("lp", {**content, "engine": config.engine.model_dump(mode="json")}))
     # A choice must not know the test set: what counts is the part held out of training.
     return transfer(
-        probe, checkpoint_path=work / "model", train=Path(config.target), test=None, out=work / "lp.json", world=world,
-        force=True,
+        probe_config(config), checkpoint_path=work / "model", train=Path(config.target), test=None,
+        out=work / "lp.json", world=world, force=True,
     )  # fmt: skip
 
 
@@ -139,7 +163,7 @@ def conclude(store: Path, config: InfluenceConfig, source: Beton, out: Path) -> 
         say(f"influence: {len(done)} of {len(paths)} models are done; the worker that finishes the last writes {out}")
         return False
     accuracy = np.array([float(read_json(path)["accuracy"]) for path in paths])
-    masks = all_masks(config, source)
+    masks = all_masks(config, source.num_classes)
     value, stderr = estimate(masks, accuracy)
     inputs = read_json(store / "store.json")["inputs"]
     meta = make_meta("influence", config=config.model_dump(mode="json"), seed=config.seed, inputs=inputs)

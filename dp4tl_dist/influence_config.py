@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dp4tl_dist.config import EngineConfig, ModelConfig, OptimConfig, Share, Table, Training
+from dp4tl_dist.config import EngineConfig, ModelConfig, OptimConfig, Part, Share, Table, Training
 
 Setting = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
@@ -18,7 +18,7 @@ class SmallModels(Table):
     train: Training = OptimConfig()
     min_scale: Share = 0.08
     num_workers: Annotated[int, Field(ge=0)] = 0
-    val_share: Share = 0.5
+    val_share: Part = 0.5
     """The part of the target's training set that judges the linear probe; the rest trains it."""
     lp: dict[str, Setting] = {}
     """Overrides of the linear probe's `train` keys."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dp4tl_dist.errors import UserError
+from dp4tl_dist.errors import UserError, one_line
 from dp4tl_dist.sides import FIXED_RESOLUTION
 
 # ImageNet's channel statistics, in units of 8-bit pixel values.
@@ -84,6 +84,39 @@ def build_model(arch: str, num_classes: int) -> nn.Module:
             )
         return timm.create_model(name, pretrained=False, num_classes=num_classes)
     return ARCHITECTURES[arch](num_classes)
+
+
+@functools.cache
+def outline(arch: str, num_classes: int) -> nn.Module:
+    """The network without numbers, on torch's meta device: names and shapes, for next to no time and memory.
+
+    It is shared: do not change it.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(arch, num_classes)
+    except RuntimeError:  # some networks of timm compute with what they are building
+        with torch.random.fork_rng(devices=[]):
+            return build_model(arch, num_classes).to("meta")
+
+
+@functools.cache
+def check_shapes(arch: str, num_classes: int, side: int, batch: int = 1, *, training: bool = False) -> None:
+    """Raise UserError unless the network takes `batch` images of `side` pixels; nothing is computed but shapes."""
+    if side < 1:
+        raise UserError(f"a resolution of {side} px: it must be positive (train.resolution_step rounds a ramp's sides)")
+    model = outline(arch, num_classes)
+    head_name(model)
+    try:
+        model.train(training)
+        with torch.no_grad():
+            model(torch.empty(batch, 3, side, side, device="meta"))
+    except Exception as error:  # networks refuse shapes in ways of their own; all mean the same here
+        how = "train on" if training else "take"
+        raise UserError(
+            f"model.arch: {arch} cannot {how} {batch} images of {side} px at a time ({one_line(str(error))}): "
+            "change the resolution" + (", or the batch of a rank" if training else "")
+        ) from error
 
 
 def _timm() -> Any:

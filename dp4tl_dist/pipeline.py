@@ -8,6 +8,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import folder_lock, write_json
 from dp4tl_dist.launcher import StageProcess
 from dp4tl_dist.log import say, warn
+from dp4tl_dist.plan import check_plan
 from dp4tl_dist.records import (
     check_folder,
     finish,
@@ -28,6 +29,7 @@ from dp4tl_dist.table import collect, write_table
 def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
     """Do every stage that is not done yet, in order, and end with the table of results."""
     graph = Graph(config, out)
+    check_plan(graph, ranks=lambda stage: config.nproc if stage.distributed else 1)
     if dry_run:
         for stage, why in plan(graph):
             say(f"{why:>7}  {stage.name:<32} dp4tl {' '.join(stage.argv)}")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dp4tl_dist.config import Count, EngineConfig, LogConfig, OptimConfig, Share, Table
+from dp4tl_dist.config import Count, EngineConfig, LogConfig, OptimConfig, Part, Share, Table
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.sides import TrainedAt, misfit, transfer_side
 
@@ -38,7 +38,7 @@ class TransferConfig(Table):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     recipe: Literal["lp", "ff", "ff-sgd"] = "lp"
-    val_share: Share = 0.1
+    val_share: Part = 0.1
     """Share of the target's training set that chooses the epoch, drawn class by class."""
     cached: bool = False
     """Linear probe on features of the centre view, computed once: the same result sooner."""

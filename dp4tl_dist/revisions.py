@@ -20,8 +20,8 @@ RESULTS = {
     "score": 2,
     "prune": 1,
     "compact": 1,
-    "transfer": 3,
-    "influence": 3,
+    "transfer": 4,
+    "influence": 4,
 }
 """The number of each verb's results."""
 

@@ -15,6 +15,7 @@ from dp4tl_dist.config import (
     ModelConfig,
     NotNegative,
     OptimConfig,
+    Part,
     Positive,
     Share,
     Table,
@@ -126,7 +127,7 @@ class TransferStage(Table):
     """Linear probes on features computed once."""
     robust: bool = False
     """Also accuracy under attack (PGD-10, L-infinity, 3/255)."""
-    val_share: Share = 0.1
+    val_share: Part = 0.1
     lp: dict[str, Setting] = {}
     ff: dict[str, Setting] = {}
 

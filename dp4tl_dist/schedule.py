@@ -12,10 +12,14 @@ class Plan:
 
     num_samples: int
     optim: OptimConfig
+    whole: bool = False
+    """No sample is left out of an epoch: `spread_batches` in place of `rank_batches`."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_samples // self.optim.batch_size
+        return -(-self.num_samples // self.optim.batch_size) if self.whole else (
+            self.num_samples // self.optim.batch_size
+        )  # fmt: skip
 
     @property
     def num_steps(self) -> int:
@@ -25,6 +29,14 @@ class Plan:
     def num_epochs(self) -> int:
         """Passes over the samples; the last one may be cut short where `optim.steps` says when to end."""
         return -(-self.num_steps // self.steps_per_epoch)
+
+    def seen(self, step: int) -> int:
+        """How many samples the steps before `step` took, all ranks together."""
+        if not self.whole:
+            return step * self.optim.batch_size
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        size, more = divmod(self.num_samples, self.steps_per_epoch)
+        return epochs * self.num_samples + steps * size + min(steps, more)
 
     def last_step(self, epoch: int) -> int:
         """The step count at which `epoch` ends."""

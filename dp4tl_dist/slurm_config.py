@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from dp4tl_dist.config_file import Count, Table
+from dp4tl_dist.stage import Stage
 
 Extra = bool | int | str
 OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -86,6 +87,11 @@ class SlurmConfig(StageResources):
                 whole |= {**given, "extras": {**whole["extras"], **given["extras"]}}
         whole.setdefault("tasks", whole["gpus"] or nproc)
         return StageResources(**whole)
+
+    def ranks(self, stage: Stage, nproc: int) -> int:
+        """The ranks of a stage, on all of its nodes."""
+        given = self.resources(stage.name, distributed=stage.distributed, nproc=nproc)
+        return (given.nodes or 1) * (given.tasks or 1)
 
 
 def minutes(time: str) -> int:

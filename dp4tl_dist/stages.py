@@ -130,15 +130,17 @@ class Graph:
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
             raise UserError(f"unknown key 'transfer.{mode}.{unknown[0]}': known are {', '.join(sorted(known))}")
+        cached = table.cached and mode == "lp"
+        never = {"activation_checkpointing": False} if cached else {}  # features that are there have no blocks
         content = {
             "seed": seed,
             "val_share": table.val_share,
-            "cached": table.cached and mode == "lp",
+            "cached": cached,
             "robust": table.robust,
             **{key: overrides[key] for key in CROPS if key in overrides},
             "train": {key: value for key, value in overrides.items() if key not in CROPS},
             # A target is small: nothing of its training needs to be divided among the ranks.
-            "engine": {**self.config.engine.model_dump(mode="json"), "kind": "ddp"},
+            "engine": {**self.config.engine.model_dump(mode="json"), "kind": "ddp", **never},
         }
         config = recipe(mode, content)
         argv = ("transfer", "--config", str(self.config_path(name)), "--checkpoint", str(run), "--train", str(train),

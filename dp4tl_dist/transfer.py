@@ -25,12 +25,12 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.exact import Parts, rows_at_once
 from dp4tl_dist.files import digest_file, make_meta, write_json
 from dp4tl_dist.log import say, warn
-from dp4tl_dist.models import build_model, check_arch, head_name, normalise, replace_head
+from dp4tl_dist.models import build_model, head_name, normalise, replace_head
 from dp4tl_dist.recipes import TransferConfig
 from dp4tl_dist.sides import trained_at
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.adversarial import robust_attack
-from dp4tl_dist.train.engine import check_engine
+from dp4tl_dist.train.check import check_classes, check_transfer, held_out
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
@@ -56,18 +56,15 @@ def open_target(train: Path, test: Path | None, *, val_share: float, seed: int) 
     first.labels_for("transfer")
     if second is not None:
         second.labels_for("transfer")
-        if first.classes != second.classes:
-            raise UserError(f"{test} has other classes than {train}: write both from the same class folders")
-        check_apart(first, second)
+        check_classes(second.path, second.classes, train, first.classes)
+        check_apart(train, first.fingerprint, second.path, second.fingerprint)
     keys = np.random.Philox(key=[seed, 0x7A]).random_raw(first.num_samples)
     held = []
-    for label in range(first.num_classes):
+    counts = held_out(first.class_sizes, val_share, path=train)
+    for label, count in enumerate(counts):
         members = np.flatnonzero(first.labels == label)
-        count = max(1, round(val_share * len(members))) if len(members) > 1 else 0
         held.append(members[np.argsort(keys[members], kind="stable")[:count]])
     val = np.sort(np.concatenate(held))
-    if not len(val):
-        raise UserError(f"{train} has no class with two samples: nothing can be held out to choose the epoch")
     return Target(first, second, np.setdiff1d(np.arange(first.num_samples), val), val)
 
 
@@ -89,13 +86,12 @@ def transfer(
     ranks call it.
     """
     started = time.monotonic()
-    check_engine(config.engine)
     target = open_target(train, test, val_share=config.val_share, seed=config.seed)
     folder = checkpoint.resolve(checkpoint_path, allow_incomplete=allow_incomplete)
     meta = checkpoint.used_meta(folder)
     network = trained_at(meta, folder)
     config = config.suited(network)
-    check_arch(network.arch, (config.train.resolution, config.train.val_resolution))
+    check_transfer(config, network.arch, target.train.class_sizes, train, world.num_ranks)
     inputs = {"checkpoint": digest_file(folder / "meta.json"), "train": target.train.fingerprint}
     if target.test is not None:
         inputs["test"] = target.test.fingerprint
@@ -186,6 +182,7 @@ def make_job(
         log=config.log,
         checkpoint=CheckpointConfig(epoch_end_s=30),  # epochs can take milliseconds, and a checkpoint cannot
         label=run.name.removesuffix(".json.run"),
+        whole=True,
     )
     if not config.cached:
         return job, test

@@ -38,6 +38,7 @@ from dp4tl_dist.files import write_json
 from dp4tl_dist.jobs import REPORT, SavedJobs, cancel, follow, in_queue, lanes, needs, run_all
 from dp4tl_dist.log import say
 from dp4tl_dist.pipeline import conclude
+from dp4tl_dist.plan import check_plan
 from dp4tl_dist.records import plan
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.slurm_config import minutes
@@ -133,6 +134,7 @@ def submit(
             f"{out}: SLURM gives '%', '\\' and line ends in a log's path another meaning: choose another --out"
         )
     graph = Graph(config, out)
+    check_plan(graph, ranks=lambda stage: config.slurm.ranks(stage, config.nproc), here=False)
     saved, resolved = SavedJobs(out), config.model_dump(mode="json")
     digest = hashlib.blake2b(json.dumps(resolved, sort_keys=True).encode(), digest_size=6).hexdigest()
     waiting = {} if dry_run else in_queue(saved.ids())
@@ -195,6 +197,7 @@ def copied(out: Path, dry_run: bool) -> Path:
 def run_here(config: RunConfig, out: Path, *, max_parallel: int, dry_run: bool) -> int:
     """The same jobs on this machine: each a process of submitit's, started when what it needs is done."""
     graph = Graph(config, out)
+    check_plan(graph, ranks=lambda stage: config.nproc if stage.distributed else 1)
 
     def launch(stage: Stage) -> Any:
         executor = submitit.LocalExecutor(out / "jobs")

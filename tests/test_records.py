@@ -66,6 +66,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def small(**content: Any) -> RunConfig:
+    """A run whose plan holds on the betons of `place`: half of the source is four samples."""
+    for table, given in (("surrogate", {}), ("pretrain", {"model": {"arch": "resnet50"}, "train": {"lr": 0.25}})):
+        given = content.get(table, given)
+        content[table] = {**given, "train": {"batch_size": 2, **given.get("train", {})}}
     return config_of(**{
         "source": {"train": "source.beton", "val": "val.beton"},
         "targets": {"t": {"train": "train.beton", "test": "test.beton"}},

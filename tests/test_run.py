@@ -167,13 +167,14 @@ def test_stop_signal_saves_and_exits_75(root: Path) -> None:
 
 
 def test_failing_stage_is_named(root: Path) -> None:
-    failed = dp4tl(
-        root, "run", "--config", root / "run.toml", "--out", root / "bad", "--set", "surrogate.train.batch_size=999"
+    run = ("run", "--config", root / "run.toml", "--out", root / "bad")
+    failed = dp4tl(root, *run, "--set", "surrogate.train.lr=1e30", "--set", "surrogate.train.peak_epoch=0")
+    assert failed.returncode == 1
+    assert (
+        failed.stderr.strip().splitlines()[-1].startswith("dp4tl: error: surrogate failed: surrogate: the loss became")
     )
-    assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("dp4tl: error: surrogate: train.batch_size 999")
     record = json.loads((root / "bad" / "stages" / "surrogate.json").read_text())
-    assert record["status"] == "running" and record["error"].startswith("surrogate: train.batch_size 999")
+    assert record["status"] == "running" and record["error"].startswith("surrogate failed: surrogate: the loss became")
     assert dp4tl(root, "report", root / "bad").returncode == 0
     page = (root / "bad" / "report.html").read_text()
-    assert ", 1 stopped" in page and "stopped: surrogate: train.batch_size 999" in page
+    assert ", 1 stopped" in page and "stopped: surrogate failed: surrogate: the loss became" in page

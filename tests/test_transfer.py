@@ -286,6 +286,54 @@ def test_two_ranks_find_the_same(root: Path, tmp_path: Path, mode: str, cached: 
     assert both[0]["loss"] == pytest.approx(one["loss"], rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def tiny(root: Path) -> Path:
+    """20 images of 4 classes are a target: 16 of them train, 4 choose the epoch."""
+    folder = root / "tiny"
+    folder.mkdir()
+    for split in ("train", "test"):
+        make_beton(folder / f"{split}.beton", kind="target", split=split, num_classes=CLASSES, per_class=5)
+    (folder / "source").symlink_to(root / "source")
+    return folder
+
+
+def weights_after(world: World, root: Path, out: Path, mode: str, content: Content) -> tuple[dict[str, Any], list[int]]:
+    """The weights of a short transfer on these ranks, and the samples that its steps took, all ranks together."""
+    config = config_of(mode, content).suited(TrainedAt("resnet_tiny", 16, 16, 224 / 256))
+    target = open_target(root / "train.beton", root / "test.beton", val_share=0.1, seed=0)
+    torch.manual_seed(0)
+    built, _ = build_module("resnet_tiny", root / "source", CLASSES, config)
+    job, _ = make_job(config, built, target, {}, out, world)
+    Fit(job, world).run()
+    seen = [item for line in read_jsonl(out / "order.jsonl") for item in line["identifiers"]] if world.is_main else []
+    return {name: value.numpy() for name, value in job.task.weights().items()}, seen
+
+
+@pytest.mark.parametrize(("batch", "steps", "accumulate"), [(128, 1, 1), (9999, 1, 2), (7, 3, 1), (16, 1, 1)])
+def test_no_sample_of_a_small_target_is_left_out(
+    tiny: Path, tmp_path: Path, batch: int, steps: int, accumulate: int
+) -> None:
+    train = {"batch_size": batch, "accumulate": accumulate, "optimizer": "sgd", "lr": 0.1, "epochs": 2}
+    content = {"train": train, "log": {"order": True, "tensorboard": False}}
+    with one_core():
+        alone, seen = weights_after(World(), tiny, tmp_path / "1", "lp", content)
+    lines = list(read_jsonl(tmp_path / "1" / "order.jsonl"))
+    assert len(lines) == 2 * steps and sorted(Counter(seen).values()) == [2] * 16
+    for ranks in (2, 3):  # 16 samples, and 5 or 6 of them, are not divided evenly among 3
+        for weights, _ in run_ranks(weights_after, ranks, tiny, tmp_path / str(ranks), "lp", content):
+            for name, value in weights.items():
+                assert np.allclose(value, alone[name], rtol=1e-4, atol=1e-6), (ranks, name)
+
+
+def test_twenty_images_and_the_published_recipe(tiny: Path, tmp_path: Path) -> None:
+    """With the recipe's batch of 128, on each mode; and too few samples for the ranks are told."""
+    for mode in ("lp", "ff"):
+        result = alone(tiny, tmp_path / f"{mode}.json", mode, {"train": {"batch_size": 128, "epochs": 2}})
+        assert (result["num_train"], result["num_val"], result["num_test"]) == (16, 4, 20)
+    with pytest.raises(UserError, match=r"batch_size 1: .* as few as 1, fewer than 1 ranks x 2 micro-batches"):
+        alone(tiny, tmp_path / "bad.json", "lp", {"train": {"batch_size": 1, "accumulate": 2}})
+
+
 def test_checkpoints_inside_epochs_change_no_choice(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,18 @@ def rank_batches(order: Indices, *, batch_size: int, num_ranks: int, rank: int, 
     return batches.reshape(steps, num_ranks, batch_size // num_ranks)[:, rank]
 
 
+def spread_batches(order: Indices, *, batch_size: int, num_ranks: int, rank: int, first: int = 0) -> list[Indices]:
+    """This rank's share of every step from `first` on, where no sample is left out.
+
+    An epoch has as few steps as batches of at most `batch_size` (global) take. Its samples are spread over them, and
+    each step's over the ranks, evenly to one and in their order, so that a step's samples do not depend on the number
+    of ranks.
+    """
+    _check_ranks(batch_size, num_ranks, rank)
+    steps = np.array_split(order, -(-len(order) // batch_size))
+    return [np.array_split(step, num_ranks)[rank] for step in steps[first:]]
+
+
 def inference_batches(kept: Indices, *, batch_size: int, num_ranks: int, rank: int) -> list[Indices]:
     """This rank's batches of `kept`; over all ranks they are `kept` in order, each sample once.
 

@@ -56,6 +56,12 @@ def store_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.features")
 
 
+def check_count(num_clusters: int, samples: int, source: Path) -> None:
+    """Raise UserError unless so many samples make so many clusters."""
+    if not 1 <= num_clusters <= samples:
+        raise UserError(f"--clusters {num_clusters} is not between 1 and the {samples} samples of {source}")
+
+
 def cluster(
     world: World,
     *,
@@ -95,8 +101,7 @@ def cluster(
         )
     on_main(world, lambda: check_output(out, force=force, inputs=[surrogate, source]))
     beton = open_beton(source)
-    if not 1 <= num_clusters <= beton.num_samples:
-        raise UserError(f"--clusters {num_clusters} is not between 1 and the {beton.num_samples} samples of {source}")
+    check_count(num_clusters, beton.num_samples, source)
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed} is not between 0 and {2**63 - 1}")
     network, meta = load_surrogate(

@@ -38,11 +38,7 @@ def cld(losses: SampleLosses, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     without validation samples) the score is 0.
     """
     epochs = np.flatnonzero(~np.isnan(losses.val_losses).all(axis=1))
-    if len(epochs) < 3:
-        raise UserError(
-            f"cld follows the validation loss, and the run has {len(epochs)} validated epochs: train with data.val, "
-            "log.sample_losses and 3 epochs or more (train.val_every)"
-        )
+    check_validated(len(epochs))
     steps = np.diff(losses.val_losses[epochs].astype(np.float64), axis=0)  # (epochs - 1, classes)
     scores = np.zeros(losses.losses.shape[1])
     for start in range(0, len(scores), ROWS):
@@ -50,6 +46,15 @@ def cld(losses: SampleLosses, labels: NDArray[np.int64]) -> NDArray[np.float64]:
         own = np.diff(losses.losses[:, part][epochs].astype(np.float64), axis=0)
         scores[part] = _correlation(own, steps[:, labels[part]])
     return scores
+
+
+def check_validated(epochs: int) -> None:
+    """UserError where a training validated too seldom for `cld`."""
+    if epochs < 3:
+        raise UserError(
+            f"cld follows the validation loss, and the run has {epochs} validated epochs: train with data.val, "
+            "log.sample_losses and 3 epochs or more (train.val_every)"
+        )
 
 
 def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:

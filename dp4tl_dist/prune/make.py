@@ -114,14 +114,19 @@ def prune(
 
 def _open_val(path: Path, source: Beton) -> Beton:
     val = open_beton(path)
-    if val.classes != source.classes:
-        pairs = zip(source.classes, val.classes, strict=False)
-        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(source.num_classes, val.num_classes))
+    check_val_classes(path, val.classes, source.path, source.classes)
+    return val
+
+
+def check_val_classes(path: Path, classes: Sequence[str], source: Path, wanted: Sequence[str]) -> None:
+    """Raise UserError unless a validation set has the source's classes."""
+    if tuple(classes) != tuple(wanted):
+        pairs = zip(wanted, classes, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(wanted), len(classes)))
         raise UserError(
-            f"{path} has other classes than {source.path} ({val.num_classes} and {source.num_classes}, the first to "
+            f"{path} has other classes than {source} ({len(classes)} and {len(wanted)}, the first to "
             f"differ is number {place}): --apply-to needs the source's own validation set"
         )
-    return val
 
 
 def _apply(chosen: Subset, val: Beton) -> Subset:

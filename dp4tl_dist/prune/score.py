@@ -113,7 +113,7 @@ def score(
             network, meta = load_surrogate(
                 path, world, batch_size, resolution, num_workers, bf16=bf16, allow_incomplete=allow_incomplete
             )
-            _check_classes(rule, path, meta, beton)
+            check_surrogate(method, path, meta["classes"], beton.path, beton.classes, has_head=meta["has_head"])
             inputs[f"surrogate{i}"], view = meta["digests"]["weights.safetensors"], network.view
             found = _from_network(network, world, rule, beton, betons, full_gradient=full_gradient)
         if not np.isfinite(found).all():
@@ -147,12 +147,18 @@ def _check_options(
         raise UserError(f"--full-gradient is for --method grand, not {method}")
 
 
-def _check_classes(rule: Method, path: Path, meta: dict[str, Any], beton: Beton) -> None:
+def check_surrogate(
+    method: str, path: Path, classes: Sequence[str], source: Path, wanted: Sequence[str], *, has_head: bool
+) -> None:
     """What is made of outputs needs a surrogate that knows the source's classes; features are of any one's."""
-    if rule.reads == "outputs" and tuple(meta["classes"]) != beton.classes:
+    if METHODS[method].reads != "outputs":
+        return
+    if not has_head:
+        raise UserError(f"the checkpoint {path} was trained without labels and has no outputs: {method} needs a head")
+    if tuple(classes) != tuple(wanted):
         raise UserError(
-            f"the checkpoint {path} was trained on other classes ({len(meta['classes'])}) than those of {beton.path} "
-            f"({beton.num_classes}): use a surrogate of this source"
+            f"the checkpoint {path} was trained on other classes ({len(classes)}) than those of {source} "
+            f"({len(wanted)}): use a surrogate of this source"
         )
 
 

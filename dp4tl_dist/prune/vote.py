@@ -163,6 +163,12 @@ def load_surrogate(
     return Surrogate(model, view, batch_size, world.num_workers(num_workers), bf16), meta
 
 
+def check_voter(method: str, path: Path, *, has_head: bool) -> None:
+    """Raise UserError where a surrogate without classes is to vote for classes."""
+    if method == "lm" and not has_head:
+        raise UserError(f"the checkpoint {path} was trained without labels and knows no classes: use --method fm")
+
+
 def _inputs(
     meta: dict[str, Any], path: Path, targets: Sequence[Beton], source: Beton | None, *, method: str
 ) -> dict[str, str]:
@@ -170,8 +176,7 @@ def _inputs(
     trained_on = meta["inputs"].get("train")
     if method == "lm" and source is not None:
         check_fingerprint("source", trained_on, source.fingerprint, expected_from=path, actual_from=source.path)
-    if method == "lm" and not meta["has_head"]:
-        raise UserError(f"the checkpoint {path} was trained without labels and knows no classes: use --method fm")
+    check_voter(method, path, has_head=meta["has_head"])
     if method == "lm" and trained_on is None:
         raise UserError(f"the checkpoint {path} does not say what it was trained on: train it again with `dp4tl train`")
     return {

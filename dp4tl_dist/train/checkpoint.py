@@ -201,6 +201,13 @@ def load_into(model: nn.Module, folder: Path, *, fresh_head: bool = False) -> bo
     A checkpoint of self-supervised training has no head: with `fresh_head` the model's own is left as it is, and the
     result is False.
     """
+    weights = fitting_weights(model, folder, fresh_head=fresh_head)
+    model.load_state_dict(weights, strict=not fresh_head)
+    return weights.keys() == model.state_dict().keys()
+
+
+def fitting_weights(model: nn.Module, folder: Path, *, fresh_head: bool = False) -> dict[str, Tensor]:
+    """A checkpoint's weights, once names and shapes are proved to be those of `model`; see `load_into`."""
     weights, own = load_weights(folder), model.state_dict()
     if fresh_head and own.keys() - weights.keys() == head_keys(model):
         own = {name: tensor for name, tensor in own.items() if name not in head_keys(model)}
@@ -217,8 +224,7 @@ def load_into(model: nn.Module, folder: Path, *, fresh_head: bool = False) -> bo
                 f"{folder}: {name} has shape {list(weights[name].shape)}, and {list(tensor.shape)} is needed: "
                 "another architecture or number of classes"
             )
-    model.load_state_dict(weights, strict=not fresh_head)
-    return len(own) == len(model.state_dict())
+    return weights
 
 
 def head_keys(model: nn.Module) -> set[str]:

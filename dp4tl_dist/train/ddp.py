@@ -75,7 +75,7 @@ class DDPEngine:
         """Restore what `optimizer_state` gave: rank 0's and, in the order of ranks, each rank's own."""
         load_optimizer(self.optimizer, shared)
 
-    def step(self, batch: Batch, *, lr: float) -> torch.Tensor:
+    def step(self, batch: Batch, *, lr: float, size: int = 0) -> torch.Tensor:
         """One optimizer step on this rank's part of the global batch; returns its mean loss, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -86,6 +86,7 @@ class DDPEngine:
             sync = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
             with sync, self.autocast():
                 loss = self.task(part)["loss"] / len(parts)
+                loss = loss * share if (share := uneven(part, len(parts), self.world, size)) else loss
                 loss.backward()
             total += loss.detach()
         if self.train.clip_norm:
@@ -106,7 +107,14 @@ def allow_tf32(world: World) -> None:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """`batch` in `parts` equal micro-batches, in order."""
+    """`batch` in `parts` micro-batches, in order; equal ones, where it can be divided so, else even to one sample."""
     if parts == 1:
         return [batch]
-    return [Batch(*fields) for fields in zip(*(field.chunk(parts) for field in batch), strict=True)]
+    return [Batch(*fields) for fields in zip(*(field.tensor_split(parts) for field in batch), strict=True)]
+
+
+def uneven(part: Batch, parts: int, world: World, size: int) -> float:
+    """What a micro-batch's mean loss counts where the step's `size` samples are not divided evenly: its samples in
+    those of an even one. 0 where they are, or where `size` is 0, for unknown."""
+    even, own = size / (parts * world.num_ranks), len(part.labels)
+    return 0.0 if not size or own == even else own / even

@@ -17,7 +17,7 @@ from dp4tl_dist.config import EngineConfig, OptimConfig
 from dp4tl_dist.data.loader import Batch
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.train.buffers import averaged_buffers
-from dp4tl_dist.train.ddp import DDPEngine, allow_tf32, split, uses_bf16
+from dp4tl_dist.train.ddp import DDPEngine, allow_tf32, split, uneven, uses_bf16
 from dp4tl_dist.train.optimizer import fits, load_optimizer, make_optimizer
 from dp4tl_dist.train.recompute import recompute_blocks
 from dp4tl_dist.train.shards import Block, reshard
@@ -33,8 +33,11 @@ __all__ = [
 class Engine(Protocol):
     """Runs optimizer steps on a task; the task's module is where everybody else reads and writes the weights."""
 
-    def step(self, batch: Batch, *, lr: float) -> Tensor:
-        """One optimizer step on this rank's part of the global batch; returns its mean loss, on the device."""
+    def step(self, batch: Batch, *, lr: float, size: int = 0) -> Tensor:
+        """One optimizer step on this rank's part of the global batch; returns its mean loss, on the device.
+
+        size: samples of the global batch, where it may not be divided evenly; each counts alike.
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -115,7 +118,7 @@ class DeepSpeedEngine:
         device = torch.device(self.world.device).type
         return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
-    def step(self, batch: Batch, *, lr: float) -> Tensor:
+    def step(self, batch: Batch, *, lr: float, size: int = 0) -> Tensor:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.world.device)
@@ -125,6 +128,7 @@ class DeepSpeedEngine:
         for part in parts:
             with self.autocast():
                 loss = self.task(part)["loss"]
+                loss = loss * share if (share := uneven(part, len(parts), self.world, size)) else loss
             self.engine.backward(loss)  # divides by the number of micro-batches
             self.engine.step()  # moves the weights after the last of them
             total += loss.detach() / len(parts)

@@ -43,10 +43,12 @@ class Job:
     """Logs the loss of every sample."""
     made_from: tuple[dict[str, Any], ...] = ()
     """The metas of what it is trained on and starts from."""
+    whole: bool = False
+    """Leave no sample out of an epoch: for targets, which are small."""
 
     @property
     def plan(self) -> Plan:
-        return Plan(len(self.train.kept), self.optim)
+        return Plan(len(self.train.kept), self.optim, self.whole)
 
     def view(self, side: int, epoch: int) -> View:
         """What to decode for training in `epoch`, at crops of `side`."""
@@ -64,11 +66,23 @@ class Job:
 
     def check(self, num_ranks: int) -> None:
         """Raise UserError where batch, samples and ranks do not fit together."""
-        batch, samples = self.optim.batch_size, len(self.train.kept)
-        if batch % (num_ranks * self.optim.accumulate):
-            parts = f" x {self.optim.accumulate} micro-batches" if self.optim.accumulate > 1 else ""
-            raise UserError(f"train.batch_size {batch} is not divisible by {num_ranks} ranks{parts}: choose a multiple")
-        if batch > samples:
+        check_batch(self.plan, num_ranks)
+
+
+def check_batch(plan: Plan, num_ranks: int) -> int:
+    """The samples of the smallest micro-batch of a rank; UserError where batch, samples and ranks do not fit."""
+    batch, samples, parts = plan.optim.batch_size, plan.num_samples, num_ranks * plan.optim.accumulate
+    among = f"{num_ranks} ranks" + (f" x {plan.optim.accumulate} micro-batches" if plan.optim.accumulate > 1 else "")
+    if plan.whole:
+        least = samples // max(plan.steps_per_epoch, 1)
+        if least < parts:
             raise UserError(
-                f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one"
+                f"train.batch_size {batch}: of {samples} training samples a step has as few as {least}, fewer than "
+                f"{among}: use fewer of them" + (", or larger batches" if batch < samples else "")
             )
+        return least // parts
+    if batch % parts:
+        raise UserError(f"train.batch_size {batch} is not divisible by {among}: choose a multiple")
+    if batch > samples:
+        raise UserError(f"train.batch_size {batch} is larger than the {samples} training samples: choose a smaller one")
+    return batch // parts

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dp4tl_dist.data.loader import IGNORED, Batch, CentreView
-from dp4tl_dist.data.order import epoch_order, rank_batches
+from dp4tl_dist.data.order import epoch_order, rank_batches, spread_batches
 from dp4tl_dist.errors import Stopped
 from dp4tl_dist.files import make_meta, write_json
 from dp4tl_dist.log import Advance, Metrics, progress, say
@@ -108,7 +108,8 @@ class Fit:
                 batch = next(batches)
                 waited += time.monotonic() - asked
                 lr = learning_rate(job.optim, job.plan.position(at.step))
-                at.since_log.append(self.engine.step(batch, lr=lr))
+                size = job.plan.seen(at.step + 1) - job.plan.seen(at.step)
+                at.since_log.append(self.engine.step(batch, lr=lr, size=size))
                 if self.skips:
                     at.bad_samples += (batch.labels == IGNORED).sum()
                 at.step += 1
@@ -118,7 +119,7 @@ class Fit:
                 end_of_epoch = at.step == end
                 if at.step % job.log.every == 0 or end_of_epoch:
                     spent = time.monotonic() - begun
-                    rate = (at.step - first) * job.optim.batch_size / spent
+                    rate = (job.plan.seen(at.step) - job.plan.seen(first)) / spent
                     loss = watch.log_step(self, epoch, lr=lr, side=side, rate=rate, waited=waited / spent)
                     advance(
                         at.step, job.num_steps, epoch=f"{epoch + 1}/{job.plan.num_epochs}", loss=loss, img_s=round(rate)
@@ -139,15 +140,14 @@ class Fit:
     def _batches(self, epoch: int, side: int) -> Generator[Batch, None, None]:
         job = self.job
         order = epoch_order(job.train.kept, job.train.pages, seed=job.seed, epoch=epoch)
-        done = (self.at.step - epoch * job.steps_per_epoch) * job.optim.batch_size
-        mine = rank_batches(
-            order,
-            batch_size=job.optim.batch_size,
-            num_ranks=self.world.num_ranks,
-            rank=self.world.rank,
-            drop_first=done,
-        )
-        return job.train.source.epoch(list(mine), job.view(side, epoch))
+        done, batch, world = self.at.step - epoch * job.steps_per_epoch, job.optim.batch_size, self.world
+        if job.whole:
+            mine = spread_batches(order, batch_size=batch, num_ranks=world.num_ranks, rank=world.rank, first=done)
+        else:
+            mine = list(rank_batches(
+                order, batch_size=batch, num_ranks=world.num_ranks, rank=world.rank, drop_first=done * batch
+            ))  # fmt: skip
+        return job.train.source.epoch(mine, job.view(side, epoch))
 
     def _validate(self, epoch: int, loss: float, rate: float) -> bool:
         """Validate where it is due, write the epoch's line, and tell whether the model was never better."""
@@ -209,7 +209,7 @@ class Fit:
             "classes": list(job.classes),
             "step": at.step,
             "epoch": at.step // job.steps_per_epoch,
-            "samples_seen": at.step * job.optim.batch_size,
+            "samples_seen": job.plan.seen(at.step),
             "num_samples": len(job.train.kept),
             "num_ranks": self.world.num_ranks,
             "num_threads": torch.get_num_threads(),

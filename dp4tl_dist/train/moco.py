@@ -36,15 +36,7 @@ class Moco:
         flip: bool = True,
     ) -> None:  # fmt: skip
         """batch_size: the global one, over `parts` micro-batches. `model` becomes the query encoder."""
-        if config.queue % batch_size:
-            raise UserError(
-                f"task.moco.queue {config.queue} is not divisible by train.batch_size {batch_size}: choose a multiple"
-            )
-        share = batch_size // world.num_ranks // parts
-        if share % config.bn_groups:
-            raise UserError(
-                f"task.moco.bn_groups {config.bn_groups} does not divide the {share} samples of a rank: choose another"
-            )
+        check_moco(config, batch_size, batch_size // world.num_ranks // parts)
         self.config, self.world, self.seed, self.parts, self.flip = config, world, seed, parts, flip
         self.head = project(model, config.dim)
         self.module = model
@@ -152,6 +144,18 @@ class Moco:
 
     def _in_head(self, name: str) -> bool:
         return name.startswith(self.head + ".")
+
+
+def check_moco(config: MocoConfig, batch_size: int, share: int) -> None:
+    """Raise UserError where queue and groups do not fit the global batch, or a rank's share of a micro-batch."""
+    if config.queue % batch_size:
+        raise UserError(
+            f"task.moco.queue {config.queue} is not divisible by train.batch_size {batch_size}: choose a multiple"
+        )
+    if share % config.bn_groups:
+        raise UserError(
+            f"task.moco.bn_groups {config.bn_groups} does not divide the {share} samples of a rank: choose another"
+        )
 
 
 def project(model: nn.Module, dim: int) -> str:

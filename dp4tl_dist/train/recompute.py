@@ -19,14 +19,19 @@ BLOCKS = ("BasicBlock", "Bottleneck", "EncoderBlock", "Block")
 
 def recompute_blocks(module: nn.Module) -> None:
     """Have each block of `module` computed again in the backward pass. Names, weights and results stay."""
+    for block in blocks_of(module):
+        block.forward = functools.partial(_forward, block, block.forward)
+
+
+def blocks_of(module: nn.Module) -> list[Any]:
+    """The repeated parts of a network; UserError where none are known."""
     blocks = [part for part in module.modules() if type(part).__name__ in BLOCKS]
     if not blocks:
         raise UserError(
             f"engine.activation_checkpointing: {type(module).__name__} has no blocks that are known here "
             f"({', '.join(BLOCKS)}): set it to false"
         )
-    for block in blocks:
-        block.forward = functools.partial(_forward, block, block.forward)
+    return blocks
 
 
 def _forward(block: nn.Module, forward: Any, *inputs: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dp4tl_dist.config import OptimConfig, TrainConfig
+from dp4tl_dist.config import TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
 from dp4tl_dist.data.losses import NAME
@@ -19,11 +19,11 @@ from dp4tl_dist.data.subset import load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, folder_lock, keep_inputs, make_meta
 from dp4tl_dist.log import say, warn
-from dp4tl_dist.models import build_model, check_arch
+from dp4tl_dist.models import build_model
 from dp4tl_dist.sides import misfit
 from dp4tl_dist.train.adversarial import Adversarial
+from dp4tl_dist.train.check import check_classes, check_train, with_steps_of
 from dp4tl_dist.train.checkpoint import load_into, resolve, used_meta
-from dp4tl_dist.train.engine import check_engine
 from dp4tl_dist.train.evaluate import Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.knn import probe
@@ -56,8 +56,6 @@ def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) 
 def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     """What `config` describes, ready for `Fit`: the files are open, and the model has its first weights."""
     optim = config.train
-    check_engine(config.engine)
-    check_arch(config.model.arch, (optim.resolution, optim.start_resolution or optim.resolution, optim.val_resolution))
     train_beton, train_split, inputs, made_from = make_split(config, world, part="train")
     without_labels = config.task.kind == "moco"
     if not without_labels:
@@ -68,10 +66,8 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         inputs |= val_inputs
         if not without_labels or (val_beton.labels[val_split.kept] >= 0).sum() < 2:
             val_beton.labels_for("validation", val_split.kept)
-        if val_beton.classes != train_beton.classes and not (without_labels and not train_beton.num_classes):
-            raise UserError(
-                f"{val_beton.path} has other classes than {train_beton.path}: write both from the same ones"
-            )
+        if not (without_labels and not train_beton.num_classes):
+            check_classes(val_beton.path, val_beton.classes, train_beton.path, train_beton.classes)
         if not config.data.val_subset:
             val_split = of_trained_classes(config, train_beton, train_split, val_beton, val_split, world)
         if val_beton.fingerprint == train_beton.fingerprint and world.is_main:
@@ -79,12 +75,14 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     if world.is_main and (wrong := misfit("train.val_resolution", optim.val_resolution, optim.resolution)):
         warn(f"{out.name}: {wrong}")
     if config.data.steps_of:
-        optim, inputs["steps_of"] = with_steps_of(open_beton(Path(config.data.steps_of)), optim)
+        whole = open_beton(Path(config.data.steps_of))
+        optim, inputs["steps_of"] = with_steps_of(whole.num_samples, optim), whole.fingerprint
     folder = None
     if config.model.init:
         folder = resolve(Path(config.model.init), allow_incomplete=config.model.allow_incomplete)
         made_from.append(used_meta(folder))
     classes = train_beton.classes or ("unlabelled",)  # a checkpoint names at least one
+    check_train(config, optim, samples=len(train_split.kept), num_classes=len(classes), num_ranks=world.num_ranks)
     torch.manual_seed(config.seed)
     model = build_model(config.model.arch, len(classes))
     if folder is not None:
@@ -113,8 +111,7 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     job.check(world.num_ranks)
     if not config.log.sample_losses:
         return job
-    if not isinstance(task, Supervised):
-        raise UserError(f"log.sample_losses follows labels, and task.kind {config.task.kind} has none: leave it out")
+    assert isinstance(task, Supervised)
     about = make_meta("losses", config=job.config, inputs=inputs, made_from=made_from)
     losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, meta=about)
     task.watch = losses.add
@@ -138,16 +135,6 @@ def of_trained_classes(
         of = "all classes" if whole else f"the {len(trained)} classes that are trained on"
         say(f"validation: {len(kept)} of {val_beton.num_samples} samples, of {of} (data.val_subset is not set)")
     return replace(val, kept=kept)
-
-
-def with_steps_of(beton: Beton, optim: OptimConfig) -> tuple[OptimConfig, str]:
-    """`optim` for as many steps as its epochs over all of `beton` take, and the fingerprint that this rests on."""
-    if optim.steps:
-        raise UserError(f"train.steps {optim.steps} and data.steps_of both say how long to train: give one of them")
-    steps = beton.num_samples // optim.batch_size * optim.epochs
-    if not steps:
-        raise UserError(f"train.batch_size {optim.batch_size} is larger than data.steps_of: choose a smaller one")
-    return optim.model_copy(update={"steps": steps}), beton.fingerprint
 
 
 def make_task(config: TrainConfig, model: nn.Module, world: World) -> Task:

@@ -1,6 +1,7 @@
 """What a run writes down as it goes, and the checks that end it: losses, metrics lines, the order log."""
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,12 +74,11 @@ def finish_losses(fit: "Fit") -> None:
 def log_order(fit: "Fit", batch: Batch) -> None:
     if not fit.job.log.order:
         return
-    mine = batch.identifiers.cpu()
-    parts = [torch.empty_like(mine) for _ in range(fit.world.num_ranks)]
-    if fit.world.num_ranks > 1:
-        dist.all_gather(parts, mine)
-    else:
-        parts = [mine]
+    mine = batch.identifiers.tolist()
+    parts = [mine]
+    if fit.world.num_ranks > 1:  # as objects: ranks may have a sample more or less
+        parts = [[]] * fit.world.num_ranks
+        dist.all_gather_object(parts, mine)
     if fit.metrics:
         fit.owner.check()
-        fit.metrics.order.add({"step": fit.at.step, "identifiers": torch.cat(parts).tolist()})
+        fit.metrics.order.add({"step": fit.at.step, "identifiers": list(chain.from_iterable(parts))})

@@ -5,9 +5,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dp4tl_dist.data.order import check_indices, epoch_order, inference_batches, rank_batches
+from dp4tl_dist.config import OptimConfig
+from dp4tl_dist.data.order import check_indices, epoch_order, inference_batches, rank_batches, spread_batches
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.schedule import Plan
 
 SIZES = [1, 2, 7, 64, 1000]
 
@@ -167,3 +171,20 @@ def test_imagenet_takes_well_under_a_second():
         start = time.perf_counter()
         epoch_order(kept, pages, seed=0, epoch=0)
         assert time.perf_counter() - start < 3  # about 0.3 s on an idle core; the rest is for busy machines
+
+
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 4), st.integers(0, 5))
+def test_spread_batches_take_every_sample_once_however_many_ranks(size, batch, ranks, first):
+    order = np.random.default_rng(size).permutation(size).astype(np.int64)
+    mine = [spread_batches(order, batch_size=batch, num_ranks=ranks, rank=rank) for rank in range(ranks)]
+    steps = [np.concatenate(parts) for parts in zip(*mine, strict=True)]
+    alone = spread_batches(order, batch_size=batch, num_ranks=1, rank=0)
+    assert [step.tolist() for step in steps] == [step.tolist() for step in alone]
+    assert np.concatenate(steps).tolist() == order.tolist()
+    assert len(steps) == -(-size // batch) and max(map(len, steps)) - min(map(len, steps)) <= 1
+    assert all(max(map(len, parts)) - min(map(len, parts)) <= 1 for parts in zip(*mine, strict=True))
+    plan = Plan(size, OptimConfig(batch_size=batch, epochs=16), whole=True)
+    assert [plan.seen(step + 1) - plan.seen(step) for step in range(len(steps))] == list(map(len, steps))
+    assert plan.seen(len(steps) * 3) == 3 * size
+    rest = spread_batches(order, batch_size=batch, num_ranks=1, rank=0, first=first)
+    assert [step.tolist() for step in rest] == [step.tolist() for step in alone[first:]]
