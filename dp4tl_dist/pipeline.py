@@ -35,8 +35,8 @@ def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
             say(f"{why:>7}  {stage.name:<32} dp4tl {' '.join(stage.argv)}")
         return
     with folder_lock(out):
-        write_json(out / "config.json", config.model_dump(mode="json"))
         check_folder(graph)
+        write_json(out / "config.json", config.model_dump(mode="json"))
         stages = list(graph.stages.values())
         for i, stage in enumerate(stages):
             label = f"[{i + 1:>{len(str(len(stages)))}}/{len(stages)}] {stage.name}"

@@ -139,6 +139,7 @@ def submit(
     digest = hashlib.blake2b(json.dumps(resolved, sort_keys=True).encode(), digest_size=6).hexdigest()
     waiting = {} if dry_run else in_queue(saved.ids())
     saved.refuse_other(digest, waiting, out)
+    todo = [stage for stage, why in plan(graph) if why != "skip"]
     what = Submission(
         graph, out / "configs" / f"run-{digest}.json", code_digest(), copied(out, dry_run) if snapshot else None
     )
@@ -146,7 +147,6 @@ def submit(
         write_json(what.config, resolved)
         write_json(out / "config.json", resolved)
         (out / "jobs").mkdir(exist_ok=True)
-    todo = [stage for stage, why in plan(graph) if why != "skip"]
     last = Stage(REPORT, ("report", str(out)), tuple(stage.output for stage in todo), out / "report.html")
     jobs: dict[str, str] = {}
     throttle = lanes([*todo, last], max_parallel)
@@ -208,8 +208,8 @@ def run_here(config: RunConfig, out: Path, *, max_parallel: int, dry_run: bool) 
         for stage, why in plan(graph):
             say(f"{why:>7}  {stage.name:<32} after {', '.join(needs(stage, list(graph.stages.values()))) or '-'}")
         return EXIT_DONE
-    write_json(out / "config.json", config.model_dump(mode="json"))
     todo = [stage for stage, why in plan(graph) if why != "skip"]
+    write_json(out / "config.json", config.model_dump(mode="json"))
     failed = run_all(graph, todo, launch, max_parallel=max_parallel or 1)
     if failed:
         return EXIT_FAILURE
