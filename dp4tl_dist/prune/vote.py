@@ -154,7 +154,7 @@ def load_surrogate(
     if view.resolution < 1:
         raise UserError(f"--resolution {view.resolution} must be a positive number of pixels")
     check_arch(network.arch, (view.resolution,))
-    what = "the validation resolution" if resolution is None else "--resolution"
+    what = "its train.val_resolution" if resolution is None else "--resolution"
     if world.is_main and (wrong := misfit(what, view.resolution, network.resolution)):
         warn(f"{path}: {wrong}")
     model.to(world.device)
