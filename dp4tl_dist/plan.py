@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dp4tl_dist.config import TrainConfig, validate
+from dp4tl_dist.config import ModelConfig, OptimConfig, Table, TaskConfig, TrainConfig, validate
 from dp4tl_dist.data.beton import check_apart
 from dp4tl_dist.data.synthetic import dataset
 from dp4tl_dist.data.write import WriteOptions, folder_samples
@@ -51,9 +51,10 @@ def in_the_runs_words(stage: Stage, text: str) -> str:
         table = f"surrogates.{'-'.join(rest).replace('~', '-')}"
     if not table or text.startswith("influence."):
         return text
-    if verb == "transfer":
-        return re.sub(r"(?<![\w./-])train\.(?=[a-z_]+\b)", f"{table}.", text)
-    return re.sub(r"(?<![\w./-])(?=(train|model|task)\.[a-z_]+\b)", f"{table}.", text)
+    keys: dict[str, type[Table]] = {"train": OptimConfig, "model": ModelConfig, "task": TaskConfig}
+    known = "|".join(f"{name}\\.(?:{'|'.join(kind.model_fields)})" for name, kind in keys.items())
+    found = re.compile(rf"(?<![\w./-])({known})\b")  # and no file, like train.beton
+    return found.sub(lambda match: f"{table}.{match[1].removeprefix('train.' if verb == 'transfer' else '')}", text)
 
 
 # ---------------------------------------------------------------- a check for each verb

@@ -57,7 +57,8 @@ class Made:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Betons, the current folder, and stages that only pretend."""
     for name in ("source", "val", "train", "test"):
-        make_beton(tmp_path / f"{name}.beton", per_class=2)
+        make_beton(tmp_path / f"{name}.beton", kind="target" if name == "test" else "source",
+                   split="test" if name == "test" else "train", per_class=2)  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "StageProcess", Made)
     monkeypatch.setattr(pipeline, "conclude", lambda graph: None)  # drawing takes longer than all the rest
@@ -145,7 +146,7 @@ def test_what_a_changed_config_redoes(place: Path, content: Content, kinds: set[
 
 def test_a_changed_input_is_noticed(place: Path) -> None:
     made()
-    make_beton(place / "test.beton", per_class=3)
+    make_beton(place / "test.beton", kind="target", split="test", per_class=3)
     assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "train.beton", per_class=3)
     assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
@@ -169,9 +170,9 @@ def test_a_changed_image_folder_is_noticed(place: Path) -> None:
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_dry_run_refuses_what_write_will(place: Path, skip_bad: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """A broken link is one line, or passed over; a whole folder that is one is never passed over."""
-    for name in ("a/1.png", "b/2.png"):
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
         path = place / "images" / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
     config = small(source={"train": "images"}, write={"skip_bad": skip_bad})
     pipeline.run(config, out=Path("out"), dry_run=True)
