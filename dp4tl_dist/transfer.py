@@ -4,7 +4,6 @@ The head is fresh, the epoch is chosen on a held-out part of the target's *train
 """
 
 import contextlib
-import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.source import FeatureSource
 from dp4tl_dist.train.supervised import claimed
-from dp4tl_dist.train.task import LinearProbe, Supervised, Task
+from dp4tl_dist.train.task import LinearProbe, Supervised, Task, backbone_digest
 from dp4tl_dist.world import World, gather_rows, on_main
 
 
@@ -220,15 +219,6 @@ def cache_features(probe: LinearProbe, split: Split, beton: Beton, view: CentreV
     positions = np.concatenate([np.zeros(0, np.int64), *batches])
     features = torch.from_numpy(gather_rows(world, positions, mine, beton.num_samples))
     return FeatureSource(features.to(world.device), torch.from_numpy(beton.labels.copy()).to(world.device))
-
-
-def backbone_digest(backbone: nn.Module) -> str:
-    """A digest of every parameter and buffer, bit by bit."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def summary(

@@ -100,7 +100,8 @@ class Draw:
         kind = self.one("supervised", "supervised", "supervised", "adversarial", bad=("moco",) if surrogate else ())
         kind = "moco" if not surrogate and self.random.random() < 0.1 else kind
         moco = {"queue": self.one(24, 48, bad=(25,)), "dim": 8, "bn_groups": self.one(1, 1, 2), "neighbours": 3}
-        task = {"kind": kind, "moco": moco}
+        attack = {"steps": 1, "robust_val": self.random.random() < 0.1}
+        task = {"kind": kind, "moco": moco, "adversarial": attack}
         return {"model": self.model(), "train": self.train(), "task": task, **self.some(page_aware=True)}
 
     def transfer(self) -> Content:
@@ -108,8 +109,8 @@ class Draw:
         more = self.some(batch_size=self.one(3, 8, 128, 9999, bad=(0, 1)), accumulate=self.one(1, 2, bad=(7,)),
                          lr=self.one(0.01, bad=("fast", -1)), peak_epoch=self.one(0, bad=(99,)))  # fmt: skip
         wrong = {"epoch": 3} if self.random.random() < self.wild else {}
-        return {"modes": self.one(["lp"], ["lp", "ff"]), "cached": self.one(True, False),
-                "val_share": self.one(0.1, 0.5, 0.9, bad=(1.0, 0.0)), "robust": self.one(False, False, False, True),
+        return {"modes": self.one(["lp"], ["lp"], ["lp"], ["ff", "lp"]), "cached": self.one(True, False),
+                "val_share": self.one(0.1, 0.5, 0.9, bad=(1.0, 0.0)), "robust": self.random.random() < 0.05,
                 "lp": {**overrides, **more, **wrong}, "ff": {**overrides, **more}}  # fmt: skip
 
     def arm(self, surrogates: list[str]) -> str:
@@ -128,7 +129,7 @@ class Draw:
                                      ("t40-train.beton", "t40-test.beton"), ("images", "images-test"),
                                      ("uneven", "uneven-test")], len(names))  # fmt: skip
         surrogates = self.random.sample(["r18", "r18-long"], self.one(0, 0, 1, 2))
-        arms = list(dict.fromkeys(["dense", *(self.arm(surrogates) for _ in range(self.one(1, 2, 3)))]))
+        arms = list(dict.fromkeys(["dense", *(self.arm(surrogates) for _ in range(self.one(1, 1, 2)))]))
         return {
             "source": {"train": self.path(name, bad=("lone", "broken")),
                        **({"val": self.path(val[0], bad=val[1])} if val and self.one(True, False) else {})},

@@ -1,5 +1,6 @@
 """Tasks: what a batch is worth. The loop knows nothing of objectives, and a task knows nothing of ranks."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,3 +111,12 @@ class LinearProbe(nn.Module):
             features = self.backbone(images)
         logits: Tensor = self.head(features)
         return logits
+
+
+def backbone_digest(backbone: nn.Module) -> str:
+    """A digest of every parameter and buffer, bit by bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
