@@ -116,7 +116,7 @@ def torchrun_with_fault(argv: list[str], fault: Fault) -> tuple[int, str, float]
     ]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     began = time.monotonic()
-    process = subprocess.run([sys.executable, *line, *argv], env=environ, capture_output=True, text=True, timeout=100)
+    process = subprocess.run([sys.executable, *line, *argv], env=environ, capture_output=True, text=True, timeout=200)
     return process.returncode, process.stderr, time.monotonic() - began
 
 

@@ -161,7 +161,7 @@ def test_batch_not_divisible_by_the_ranks(world: Path, tmp_path: Path) -> None:
         "--out",
         tmp_path / "run",
     ]
-    done = subprocess.run([str(item) for item in command], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([str(item) for item in command], capture_output=True, text=True, timeout=200)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dp4tl: ")]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert "batch_size 9 is not divisible by 2 ranks" in lines[0]

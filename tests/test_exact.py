@@ -18,7 +18,7 @@ PRODUCT = "a = torch.ones(64, 64); a @ a"
 
 def run(source: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     env = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"} | environ
-    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=200)
     assert not done.returncode, done.stderr
     return done
 

@@ -133,7 +133,7 @@ def test_a_stopped_write_leaves_nothing_once_it_runs_again(tmp_path: Path, ended
         while process.poll() is None and not set(tmp_path.glob(".o.beton.*.tmp")) - before:
             time.sleep(0.01)
         process.send_signal(number)
-        _, told = process.communicate(timeout=100)
+        _, told = process.communicate(timeout=200)
         if number != signal.SIGKILL:
             assert names(tmp_path) == []
             assert process.returncode == (75 if number == signal.SIGTERM else 130) and len(told.splitlines()) == 1

@@ -93,7 +93,7 @@ def test_ranks_meet_on_the_loopback_and_end_in_one_line(folder: Path, how: str) 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
             time.sleep(0.02)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, err
     (line,) = err.splitlines()
     assert re.match(r"dp4tl: stopped: stopped at step \d+ with everything saved", line), err
@@ -104,7 +104,7 @@ def test_a_killed_rank_is_named(folder: Path) -> None:
     with training(folder, "killed") as process:
         rank = next(pid for pid in tree(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(rank, signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_FAILURE
     assert err.splitlines()[-1] == "dp4tl: error: rank 1 was ended by SIGKILL (is the machine out of memory?)", err
 

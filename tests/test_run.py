@@ -73,7 +73,7 @@ def start(root: Path, *argv: object) -> "subprocess.Popen[str]":
 
 def dp4tl(root: Path, *argv: object) -> "subprocess.CompletedProcess[str]":
     process = start(root, *argv)
-    out, err = process.communicate(timeout=110)
+    out, err = process.communicate(timeout=280)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -159,7 +159,7 @@ def test_stop_signal_saves_and_exits_75(root: Path) -> None:
     second = dp4tl(root, *run)
     assert second.returncode == 2 and "in use" in second.stderr
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "run it again" in err
     plan = dp4tl(root, *run, "--dry-run").stdout

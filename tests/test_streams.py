@@ -23,7 +23,7 @@ def shell(text: str, beton: Path, folder: Path) -> "subprocess.CompletedProcess[
     dp4tl = " ".join(python("dp4tl_dist"))
     environ = {**os.environ, "beton": str(beton), "out": str(folder / "out.npz")}
     line = ["bash", "-c", text.replace("$dp4tl", dp4tl)]
-    return subprocess.run(line, env=environ, capture_output=True, text=True, cwd=folder, timeout=60)
+    return subprocess.run(line, env=environ, capture_output=True, text=True, cwd=folder, timeout=120)
 
 
 PRUNE = "$dp4tl prune --source $beton --random classes --keep 0.5 --out $out"

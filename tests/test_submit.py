@@ -45,7 +45,7 @@ stop_before_s = 300
 
 def submit(folder: Path, *argv: object, root: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
     line = [sys.executable, str(root / "launch" / "submit.py"), *(str(item) for item in argv)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=110, env={**os.environ, **environ})
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=280, env={**os.environ, **environ})
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_the_same_jobs_without_slurm(tmp_path: Path, root: Path) -> None:
     assert json.loads((tmp_path / "run/results.json").read_text())[0]["arm"] == "random@0.1"
     again = subprocess.run(
         [sys.executable, "-m", "dp4tl_dist", "run", "--config", config, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        cwd=tmp_path, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert again.returncode == 0 and again.stdout.count("done before, skipped") == 6
 

@@ -68,7 +68,7 @@ def test_a_life_left_behind_writes_nothing_more(tmp_path: Path, successor_ends_f
                 assert time.monotonic() < deadline and successor.poll() is None
                 time.sleep(0.02)
         ghost.send_signal(signal.SIGCONT)
-        _, told = ghost.communicate(timeout=60)
+        _, told = ghost.communicate(timeout=120)
         assert ghost.returncode == EXIT_FAILURE and "was taken over by job 7 (restart 1)" in told, told
         assert successor.wait() == 0
     finally:

@@ -116,7 +116,7 @@ class Ranks:
 
     def wait(self) -> tuple[list[int], str]:
         """(exit codes, what went to stderr)"""
-        texts = [process.communicate(timeout=60)[1] for process in self.processes]
+        texts = [process.communicate(timeout=120)[1] for process in self.processes]
         return [process.returncode for process in self.processes], "".join(texts)
 
 
