@@ -149,7 +149,10 @@ def test_a_checkpoint_without_an_accuracy_is_not_the_best(tmp_path: Path, val: o
 @pytest.mark.parametrize("meta", [{"classes": "abc"}, {"classes": [1]}, {"classes": []}, {"arch": 5}, {"arch": {}}])
 def test_a_checkpoint_of_no_network(tmp_path: Path, meta: dict[str, object]) -> None:
     whole = {"classes": ["a"], "arch": "resnet_tiny", **meta}
-    content = make_meta("checkpoint", config={"model": {"arch": whole["arch"]}}) | {"classes": whole["classes"]}
+    content = make_meta("checkpoint", config={"model": {"arch": whole["arch"]}}) | {
+        "classes": whole["classes"],
+        "complete": True,
+    }
     checkpoint.save(tmp_path / "c", weights={}, state={}, meta=content)
     with pytest.raises(UserError, match="no network or no classes"):
         checkpoint.load_model(tmp_path / "c")
