@@ -24,6 +24,7 @@ lr = 0.05
 peak_epoch = 1
 start_resolution = 8
 resolution = 16
+ramp_start = 0
 ramp_end = 2
 resolution_step = 8
 val_resolution = 16

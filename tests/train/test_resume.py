@@ -268,7 +268,8 @@ def test_changed_data_are_refused(
 
 
 def test_force_starts_afresh(root: Path, stopped: Path) -> None:
-    assert command([*argv(root, stopped), "--force", "--set", "train.lr=0.06", "--set", "train.epochs=1"]) == EXIT_DONE
+    changes = [part for key in ("lr=0.06", "epochs=1", "ramp_end=1") for part in ("--set", f"train.{key}")]
+    assert command([*argv(root, stopped), "--force", *changes]) == EXIT_DONE
     assert [line["step"] for line in read_jsonl(stopped / "order.jsonl")] == list(range(1, 16))
     assert checkpoint.read_meta(checkpoint.newest(stopped))["restarts"] == 0  # type: ignore[arg-type]
 
