@@ -53,7 +53,8 @@ def open_plain(path: Path) -> BinaryIO:
 def read_plain(path: Path, *, limit: int) -> bytes:
     """All of a plain file of at most `limit` bytes; OSError (EFBIG) where it is longer."""
     with open_plain(path) as file:
-        data = file.read(limit + 1)
+        # As much as there is, and a byte more for what grows meanwhile: `read` sets aside all that it is asked for.
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit} bytes")
     return data

@@ -91,7 +91,7 @@ def allocation_of(path, row, **change):
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "bytes"),
         (lambda p: p.write_bytes(p.read_bytes() + b"\0"), "bytes"),
         (lambda p: p.unlink(), "cannot read"),
-        (lambda p: (p.unlink(), p.mkdir()), "cannot read"),
+        (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
         (lambda p: write_json(sidecar(p), {"classes": "ab"}), "no class names"),
         (lambda p: write_json(sidecar(p), [1]), "no class names"),
         (lambda p: write_json(sidecar(p), {"classes": CLASSES, "fingerprint": "0"}), "another beton"),
