@@ -116,7 +116,7 @@ def _summary(
         "pairs": len(apart), "to_random": statistics.fmean(apart) if apart else None, "to_random_std": spread,
         "to_random_se": None if spread is None else spread / math.sqrt(len(apart)),
         **{key: statistics.fmean(row[key] for row in own) for key in ("samples", "pretrain_s", "total_s")},
-        "marks": list(dict.fromkeys(row["marks"] for row in own if row["marks"])),
+        "marks": list(dict.fromkeys(row["marks"] for row in own if row.get("marks"))),
     }  # fmt: skip
 
 

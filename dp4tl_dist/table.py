@@ -81,7 +81,7 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     for header in ("source samples", "pretrain", "total*", "speed-up", *(_header(*item) for item in shown)):
         table.add_column(header, justify="right")
     for row in rows:
-        cells = [row["target"], marked(row["arm"], row["marks"]), _samples(row["samples"]),
+        cells = [row["target"], marked(row["arm"], row.get("marks", ())), _samples(row["samples"]),
                  f"{row['pretrain_s']:.1f} s", f"{row['total_s']:.1f} s",
                  f"{row['speed_up']:.2f}x" if row["speed_up"] else "-",
                  *(_accuracy(row[key][mode]) for key, mode in shown)]  # fmt: skip
@@ -90,7 +90,7 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     table.caption = (
         f"* with the surrogate's training, voting and pruning; mean over {seeds} seed{'s' if seeds > 1 else ''}"
     )
-    lines = list(dict.fromkeys(line for row in rows for line in row["marks"]))
+    lines = list(dict.fromkeys(line for row in rows for line in row.get("marks", ())))
     table.caption += "".join(f"\n{MARK} {line}" for line in lines)
     write_json(out / "results.json", json.loads(json.dumps(rows)))
     with open(out / "results.txt", "w") as handle:
