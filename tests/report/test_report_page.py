@@ -16,7 +16,7 @@ from PIL import Image
 from dp4tl_dist import table
 from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton
-from dp4tl_dist.machine import processor
+from dp4tl_dist.machine import instructions, processor
 from dp4tl_dist.prune.votes_file import Members, load_votes, save_votes
 from dp4tl_dist.report import provenance, selection, tables
 from dp4tl_dist.report.caveats import caveats
@@ -62,7 +62,8 @@ def test_the_sentence(whole: Path) -> None:
 
 def test_every_stage_tells_what_it_was_made_on(whole: Path) -> None:
     shown = {row[0].text: row[5] for row in provenance.stages(read_run(whole)).rows if isinstance(row[0], tables.Link)}
-    assert set(shown.values()) == {f"{processor()}, {os.cpu_count()} cores"}
+    parts = [processor(), instructions(), f"{os.cpu_count()} cores"]
+    assert set(shown.values()) == {", ".join(part for part in parts if part)}
     several = {"processor": "P", "cores": 8, "gpus": ["A", "B", "A"]}
     assert provenance.hardware(several) == "2 x A, 1 x B, P, 8 cores"
     assert provenance.hardware(None) is None
