@@ -165,7 +165,7 @@ def test_batch_not_divisible_by_the_ranks(world: Path, tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("dp4tl: ")]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert "batch_size 9 is not divisible by 2 ranks" in lines[0]
-    assert done.stderr.splitlines()[-1].startswith("torchrun.sh: train.batch_size 9")
+    assert done.stderr.splitlines()[-1].startswith("dp4tl: error: train.batch_size 9")
     assert not (tmp_path / "run").exists()
 
 

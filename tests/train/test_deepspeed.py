@@ -149,7 +149,8 @@ def test_one_rank_goes_on_with_what_two_saved(runs: Path, name: str) -> None:
     ends = weights(runs / reference), weights(runs / f"{name}-moved")
     before = weights(runs / f"{name}-stopped")
     for key, value in ends[0].items():
-        assert torch.allclose(ends[1][key], value, rtol=1e-4, atol=2e-6), key
+        # Adam divides by the gradient's own size: where that is near zero, rounding moves a weight by a part of a step.
+        assert torch.allclose(ends[1][key], value, rtol=1e-4, atol=5e-4 if "adam" in name else 2e-6), key
     assert not torch.equal(ends[1]["fc.weight"], before["fc.weight"])
 
 
