@@ -29,7 +29,6 @@ from dp4tl_dist.table import collect, write_table
 def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
     """Do every stage that is not done yet, in order, and end with the table of results."""
     graph = Graph(config, out)
-    check_folder(graph)  # first: what is wrong with another run's folder is no fault of this config
     check_plan(graph, ranks=lambda stage: config.nproc if stage.distributed else 1)
     if dry_run:
         for stage, why in plan(graph):

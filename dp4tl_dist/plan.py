@@ -12,13 +12,15 @@ import numpy as np
 
 from dp4tl_dist.config import ModelConfig, OptimConfig, Table, TaskConfig, TrainConfig, validate
 from dp4tl_dist.data.beton import check_apart
+from dp4tl_dist.data.folder import check_broken, read_folder
 from dp4tl_dist.data.synthetic import dataset
-from dp4tl_dist.data.write import WriteOptions, folder_samples
+from dp4tl_dist.data.write import WriteOptions
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.influence_config import InfluenceConfig
 from dp4tl_dist.plan_known import Dataset, Look, Network
 from dp4tl_dist.plan_sizes import Kept, kept_classes, kept_samples
 from dp4tl_dist.recipes import TransferConfig, recipe
+from dp4tl_dist.records import check_folder
 from dp4tl_dist.schedule import Plan
 from dp4tl_dist.sides import TrainedAt
 from dp4tl_dist.stage import Stage
@@ -28,10 +30,12 @@ __all__ = ["check_plan"]
 
 
 def check_plan(graph: Graph, *, ranks: Callable[[Stage], int], here: bool = True) -> None:
-    """Raise UserError for the first stage that would refuse its config, files or ranks; nothing is written.
+    """Raise UserError for the first stage that would refuse its config, files or ranks; nothing is written. Before that
+    for a folder that is another run's: no fault of this config.
 
     ranks: of each stage. here: whether the stages run on this machine, and so find its devices.
     """
+    check_folder(graph)
     known: dict[Path, object] = {}
     for stage in graph.stages.values():
         try:
@@ -74,7 +78,9 @@ def _write(look: Look) -> Dataset:
                 f"{origin} is none of what a run reads: a folder, a .beton or synthetic:KIND/SPLIT (for a dataset of "
                 "torchvision: write it with `dp4tl write --torchvision`, and name the beton)"
             )
-        samples, classes = folder_samples(Path(origin))
+        found = read_folder(Path(origin))
+        check_broken(found, skip_bad="skip-bad" in given)
+        samples, classes = found.samples, found.classes
         if not samples:
             raise UserError(f"{origin}: there are no images to write")
     sizes = np.bincount([sample.label for sample in samples], minlength=len(classes)).astype(np.int64)

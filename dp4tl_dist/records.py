@@ -10,7 +10,6 @@ from typing import Any
 
 from dp4tl_dist import __version__
 from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
-from dp4tl_dist.data.folder import check_broken, read_folder
 from dp4tl_dist.data.walk import listing_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
@@ -40,19 +39,10 @@ def plan(graph: Graph) -> list[tuple[Stage, str]]:
             result.append((stage, "skip"))
             continue
         refuse_links(stage)
-        if stage.argv[0] == "write":
-            check_images(stage)
         there = any(path.exists() for path in stage.outputs)
         result.append((stage, "resume" if known and has_try(stage, key) else "replace" if there else "run"))
         dirty |= set(stage.outputs)
     return result
-
-
-def check_images(stage: Stage) -> None:
-    """Raise UserError for what makes `write` refuse a folder before it reads an image: its form, and broken links."""
-    for images in stage.inputs:
-        if images.is_dir():
-            check_broken(read_folder(images), skip_bad="--skip-bad" in stage.argv)
 
 
 def check_folder(graph: Graph) -> None:

@@ -74,6 +74,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"transfer.val_share": 1.0}, "transfer.val_share"),
     ({"transfer.lp.batch_size": 1, "transfer.lp.accumulate": 2}, "transfer.lp.batch_size 1: of 16 training samples"),
     ({"targets.t.test": "PLACE/gone.beton"}, "gone.beton"),
+    ({"targets.t.train": "PLACE/broken", "targets.t.test": "PLACE/broken-test"}, "a broken link"),
     ({"targets.t.test": "PLACE/t6-test.beton"}, "t6-test.beton has other classes than"),
     ({"targets.t.train": "PLACE/ones-train.beton", "targets.t.test": "PLACE/ones-test.beton"}, "no class with two"),
     ({"surrogate.task.kind": "moco", "surrogate.task.moco.queue": 64}, "trained without labels and knows no classes"),
@@ -136,7 +137,7 @@ def test_what_cannot_be_is_told_before_anything_is_touched(
 
 FINE: list[dict[str, Any]] = [
     {}, {"nproc": 2}, {"transfer.lp.batch_size": 9999}, {"transfer.lp.batch_size": 3}, {"compact": True},
-    {"targets.t.train": "PLACE/broken", "targets.t.test": "PLACE/broken-test"},
+    {"targets.t.train": "PLACE/broken", "targets.t.test": "PLACE/broken-test", "write.skip_bad": True},
     {"pretrain.train.batch_size": 16}, {"arms": ["lm@auto", "random@auto", "random-samples@auto"]},
     {"arms": ["cld@0.5", "lm+forgetting@0.5", "retrieval-joint@0.5", "random+herding@0.5"]},
     {"engine.activation_checkpointing": True}, {"pretrain.task.kind": "moco", "pretrain.task.moco.queue": 64},

@@ -62,16 +62,8 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
         train_beton.labels_for(f"task.kind {config.task.kind}", train_split.kept)
     val_split = None
     if config.data.val:
-        val_beton, val_split, val_inputs, _ = make_split(config, world, part="val")
+        val_split, val_inputs = open_validation(config, train_beton, train_split, world, label=out.name)
         inputs |= val_inputs
-        if not without_labels or (val_beton.labels[val_split.kept] >= 0).sum() < 2:
-            val_beton.labels_for("validation", val_split.kept)
-        if not (without_labels and not train_beton.num_classes):
-            check_classes(val_beton.path, val_beton.classes, train_beton.path, train_beton.classes)
-        if not config.data.val_subset:
-            val_split = of_trained_classes(config, train_beton, train_split, val_beton, val_split, world)
-        if val_beton.fingerprint == train_beton.fingerprint and world.is_main:
-            warn(f"{out.name}: data.val holds the samples of data.train: its accuracy says nothing of other images")
     if world.is_main and (wrong := misfit("train.val_resolution", optim.val_resolution, optim.resolution)):
         warn(f"{out.name}: {wrong}")
     if config.data.steps_of:
@@ -116,6 +108,23 @@ def make_job(config: TrainConfig, *, out: Path, world: World) -> Job:
     losses = LossLog(out, train_beton, epochs=job.plan.num_epochs, meta=about)
     task.watch = losses.add
     return replace(job, losses=losses)
+
+
+def open_validation(
+    config: TrainConfig, train_beton: Beton, train: Split, world: World, *, label: str
+) -> tuple[Split, dict[str, str]]:
+    """The validation split and its inputs' fingerprints; UserError where it does not go with what is trained on."""
+    beton, split, inputs, _ = make_split(config, world, part="val")
+    without_labels = config.task.kind == "moco"
+    if not without_labels or (beton.labels[split.kept] >= 0).sum() < 2:
+        beton.labels_for("validation", split.kept)
+    if not (without_labels and not train_beton.num_classes):
+        check_classes(beton.path, beton.classes, train_beton.path, train_beton.classes)
+    if not config.data.val_subset:
+        split = of_trained_classes(config, train_beton, train, beton, split, world)
+    if beton.fingerprint == train_beton.fingerprint and world.is_main:
+        warn(f"{label}: data.val holds the samples of data.train: its accuracy says nothing of other images")
+    return split, inputs
 
 
 def of_trained_classes(
