@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return carry_out(argv)
     finally:
+        # Of a process of its own, how it ends is decided: nothing is left that could be stopped.
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if argv is None else handler)
         leave()
 
 

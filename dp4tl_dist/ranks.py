@@ -123,12 +123,13 @@ def _cause(rank: int, code: int, told: Sequence[dict[str, Any]], *, asked_to_sto
 
 @contextlib.contextmanager
 def _asked(stop: Any) -> Iterator[None]:
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    finally:  # how it ends is decided, and is this process's exit code: nothing is left that could be stopped
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def number_of_ranks(text: str) -> int:

@@ -20,8 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     for item in items:
-        if item.get_closest_marker("cluster") and not (os.geteuid() == 0 and shutil.which("slurmctld")):
+        on_cluster = item.get_closest_marker("cluster")
+        if on_cluster and not (os.geteuid() == 0 and shutil.which("slurmctld")):
             item.add_marker(pytest.mark.skip(reason="needs root and slurmctld, which launch/test.sh installs"))
+        # Where two processes share the tests: one SLURM for all that need one, and a file's set-up once.
+        item.add_marker(pytest.mark.xdist_group("cluster" if on_cluster else str(item.path)))
+    items.sort(key=lambda item: not item.get_closest_marker("cluster"))  # the longest group is begun first
 
 
 def _has_gpu() -> bool:
