@@ -43,13 +43,22 @@ def influence(
         beton.labels_for("influence")
     check_influence(config, source.class_sizes, target.class_sizes)
     store = out.with_name(out.name + ".run")
-    if force and worker[0] == 0:
-        shutil.rmtree(store, ignore_errors=True)
+    replaced = out.with_name(f".{store.name}.replaced")
+    if force and worker[0] == 0 and store.is_dir():
+        if replaced.is_dir() and not concluded(store, out):  # it was itself to replace that, and never came to its end
+            shutil.rmtree(store)
+        else:
+            shutil.rmtree(replaced, ignore_errors=True)
+            store.rename(replaced)
+            say(f"influence: the models that are there are kept in {replaced} until {out} is written anew")
     declare(store, config, source, target)
     for row in rows_of(config.masks, worker):
         with contextlib.suppress(InUseError):  # another worker has it
             fill(config, source, store, row, world)
-    return conclude(store, config, source, out)
+    if not conclude(store, config, source, out):
+        return False
+    shutil.rmtree(replaced, ignore_errors=True)
+    return True
 
 
 def check_influence(config: InfluenceConfig, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
@@ -90,6 +99,14 @@ def rows_of(count: int, worker: tuple[int, int]) -> Iterator[int]:
 
 def row_path(store: Path, row: int) -> Path:
     return store / "rows" / f"{row:06d}.json"
+
+
+def concluded(store: Path, out: Path) -> bool:
+    """Whether `out` was written from this store, and not from one before it."""
+    try:
+        return out.stat().st_mtime_ns >= (store / "store.json").stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def all_masks(config: InfluenceConfig, num_classes: int) -> NDArray[np.bool_]:

@@ -30,11 +30,11 @@ from dp4tl_dist.sides import trained_at
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.adversarial import robust_attack
 from dp4tl_dist.train.check import check_classes, check_transfer, held_out
+from dp4tl_dist.train.claim import claimed
 from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.loop import Fit
 from dp4tl_dist.train.source import FeatureSource
-from dp4tl_dist.train.supervised import claimed
 from dp4tl_dist.train.task import LinearProbe, Supervised, Task, backbone_digest
 from dp4tl_dist.world import World, gather_rows, on_main
 

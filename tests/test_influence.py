@@ -129,7 +129,23 @@ def test_more_masks_later(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(line(root, out, "--masks", MASKS + 3)) == 0
     assert asked == list(range(MASKS + 3))
     assert main(line(root, out, "--force")) == 0
-    assert len(asked) == 2 * MASKS + 3
+    assert len(asked) == 2 * MASKS + 3 and not (tmp_path / ".i.npz.run.replaced").exists()
+
+
+def test_the_models_that_force_replaces_stay_until_the_end(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, out, store = fake(monkeypatch), tmp_path / "i.npz", tmp_path / "i.npz.run"
+    assert main(line(root, out)) == 0
+    rows, replaced = len(list((store / "rows").iterdir())), tmp_path / ".i.npz.run.replaced"
+    first = out.read_bytes()
+    for _ in range(2):  # the second finds an unfinished one, which is not what is to be kept
+        with folder_lock(store / "work" / "000001"), monkeypatch.context() as patch:
+            patch.setattr(brute, "conclude", lambda *_: False)
+            brute.influence(config_of(root), out=out, worker=(0, 1), world=ONE, force=True)
+        assert len(list((replaced / "rows").iterdir())) == rows and out.read_bytes() == first
+    assert brute.influence(config_of(root), out=out, worker=(0, 1), world=ONE)
+    assert not replaced.exists() and len(asked) > 2 * MASKS
 
 
 def test_another_study_is_refused(

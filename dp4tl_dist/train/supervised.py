@@ -1,8 +1,6 @@
 """`dp4tl train`: from a TrainConfig to a run folder. Surrogate and source model alike."""
 
 import contextlib
-import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,24 @@ from torch import nn
 from dp4tl_dist.config import TrainConfig
 from dp4tl_dist.data.beton import Beton, open_beton
 from dp4tl_dist.data.loader import BetonLoader
-from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.data.subset import load_subset, samples_of_groups
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import digest_file, folder_lock, keep_inputs, make_meta
+from dp4tl_dist.files import digest_file, make_meta
 from dp4tl_dist.log import say, warn
 from dp4tl_dist.models import build_model
 from dp4tl_dist.sides import misfit
 from dp4tl_dist.train.adversarial import Adversarial
 from dp4tl_dist.train.check import check_classes, check_train, with_steps_of
 from dp4tl_dist.train.checkpoint import load_into, resolve, used_meta
+from dp4tl_dist.train.claim import claimed
 from dp4tl_dist.train.evaluate import Split, evaluate
 from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.knn import probe
 from dp4tl_dist.train.loop import Fit
-from dp4tl_dist.train.loss_log import WORKING, LossLog
+from dp4tl_dist.train.loss_log import LossLog
 from dp4tl_dist.train.moco import Moco
-from dp4tl_dist.train.owner import OWNER
 from dp4tl_dist.train.task import Supervised, Task
 from dp4tl_dist.world import World, on_main
-
-OWN = ("metrics.jsonl", "order.jsonl", "config.json", OWNER, NAME, WORKING)
-"""The files of a run's folder."""
 
 
 def train(config: TrainConfig, *, out: Path, world: World, force: bool = False) -> dict[str, Any]:
@@ -158,29 +152,6 @@ def make_task(config: TrainConfig, model: nn.Module, world: World) -> Task:
             flip=config.data.flip,
         )  # fmt: skip
     return Supervised(model, label_smoothing=config.train.label_smoothing)
-
-
-@contextlib.contextmanager
-def claimed(out: Path, *, force: bool, inputs: Sequence[str] = ()) -> Iterator[None]:
-    """Hold a run folder for this process: a run's own (to go on), an empty one, or with `force` any.
-
-    Called once all inputs are known to be good, so that a refused run leaves no folder behind.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: --out names the run's folder")
-    items = [item.name for item in out.iterdir()] if out.is_dir() else []
-    # What a run leaves that ended before its first line and its first checkpoint is its own as well.
-    foreign = [name for name in items if not name.startswith(".") and name not in (*OWN, "tensorboard")]
-    if foreign and not (out / "checkpoints").is_dir() and not (out / "metrics.jsonl").exists() and not force:
-        raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
-    if force:
-        keep_inputs([out / "checkpoints", *(out / name for name in OWN)], inputs)
-    with folder_lock(out):
-        if force:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            for name in OWN:
-                (out / name).unlink(missing_ok=True)
-        yield
 
 
 def make_split(

@@ -24,7 +24,7 @@ from dp4tl_dist.cli import main
 from dp4tl_dist.config import TrainConfig, load_config
 from dp4tl_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED
 from dp4tl_dist.log import read_jsonl
-from dp4tl_dist.train import checkpoint, watch
+from dp4tl_dist.train import checkpoint, claim, watch
 from dp4tl_dist.train import loop as train_loop
 from dp4tl_dist.train import state as run_state
 from dp4tl_dist.train.supervised import train
@@ -272,6 +272,57 @@ def test_force_starts_afresh(root: Path, stopped: Path) -> None:
     assert command([*argv(root, stopped), "--force", *changes]) == EXIT_DONE
     assert [line["step"] for line in read_jsonl(stopped / "order.jsonl")] == list(range(1, 16))
     assert checkpoint.read_meta(checkpoint.newest(stopped))["restarts"] == 0  # type: ignore[arg-type]
+    assert not [path for path in stopped.iterdir() if path.name.startswith(claim.REPLACED)]
+
+
+def test_what_force_replaces_stays_until_its_replacement_is_complete(
+    root: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(argv(root, stopped)) == EXIT_DONE
+    (stopped / "mine.txt").write_text("not the run's")
+    whole = content(stopped)
+    assert set(whole) >= {"metrics.jsonl", "order.jsonl", "config.json"}
+    force, changed = [*argv(root, stopped), "--force"], ["--set", "train.lr=0.06"]
+    # Cut off after any of its renames, the next command finds the run as it was, with --force and without.
+    for renames in range(5):
+        left, true = iter(range(renames)), Path.rename
+
+        def cut(path: Path, to: Path, left: Iterator[int] = left, true: Any = true) -> Path:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return true(path, to)  # type: ignore[no-any-return]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", cut)
+            with contextlib.suppress(KeyboardInterrupt):
+                claim.set_aside(stopped)
+        if renames % 2:
+            assert command(argv(root, stopped)) == EXIT_DONE  # it is complete
+        else:
+            with contextlib.suppress(KeyboardInterrupt), claim.claimed(stopped, force=True):
+                raise KeyboardInterrupt
+            assert content(stopped / claim.REPLACED) == {name: whole[name] for name in whole if name != "mine.txt"}
+            shutil.rmtree(stopped / claim.MOVING, ignore_errors=True)
+            with claim.claimed(stopped, force=True):  # one more --force keeps the finished run, not the empty one
+                assert (stopped / claim.REPLACED / "checkpoints").is_dir()
+                for path in (stopped / claim.REPLACED).iterdir():
+                    path.rename(stopped / path.name)
+        assert content(stopped) == whole
+    # Stopped and gone on with, without --force the second time: the old run is there until the new one is whole.
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "learning_rate", lambda optim, epoch: float("inf") if epoch > 1.5 else 0.01)
+        assert command([*force, *changed]) == EXIT_FAILURE
+    assert content(stopped / claim.REPLACED) == {name: whole[name] for name in whole if name != "mine.txt"}
+    assert command([*argv(root, stopped), *changed]) == EXIT_DONE
+    assert not (stopped / claim.REPLACED).exists() and content(stopped) != whole
+    assert (stopped / "mine.txt").read_text() == "not the run's"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a run by their names, less the hidden ones and TensorBoard's."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    hidden = [name for name in names if any(part[0] == "." or part == "tensorboard" for part in name.parts)]
+    return {str(name): (folder / name).read_bytes() for name in names if name not in hidden}
 
 
 # ---------------------------------------------------------------- what is not finite
