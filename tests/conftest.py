@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
@@ -24,9 +24,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_cluster = item.get_closest_marker("cluster")
         if on_cluster and not (os.geteuid() == 0 and shutil.which("slurmctld")):
             item.add_marker(pytest.mark.skip(reason="needs root and slurmctld, which launch/test.sh installs"))
-        # Where two processes share the tests: one SLURM for all that need one, and a file's set-up once.
-        item.add_marker(pytest.mark.xdist_group("cluster" if on_cluster else str(item.path)))
-    items.sort(key=lambda item: not item.get_closest_marker("cluster"))  # the longest group is begun first
+    items.sort(key=lambda item: item.path.parent.name != "cluster")  # they wait for the most part: begun first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests, each takes whole files, whose set-up is made once; one takes all that
+    need the SLURM."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "cluster" if "cluster" in Path(path).parts else path
+
+    return Files(config, log)
 
 
 def _has_gpu() -> bool:
