@@ -138,7 +138,7 @@ CHANGES: list[tuple[Content, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "kinds"), CHANGES, ids=str)
+@pytest.mark.parametrize(("content", "kinds"), CHANGES, ids=lambda given: " ".join(sorted(given)))
 def test_what_a_changed_config_redoes(place: Path, content: Content, kinds: set[str]) -> None:
     made()
     assert {name.split("-")[0] for name in made(**content)} == kinds
