@@ -1,19 +1,25 @@
 """Configs of whole runs, drawn at random and wild, on tiny data; and each stage of one, up to its first step, here."""
 
 import contextlib
+import functools
 import io
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from data_factory import make_beton
 from PIL import Image
 
+import dp4tl_dist.transfer as transfer_module
+from dp4tl_dist import models
 from dp4tl_dist.cli import build_parser
 from dp4tl_dist.config import TrainConfig, validate
 from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.data.loader import CentreView
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.influence import influence
 from dp4tl_dist.influence_config import InfluenceConfig
@@ -22,9 +28,13 @@ from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.sides import trained_at
 from dp4tl_dist.stage import Stage
 from dp4tl_dist.stages import Graph
+from dp4tl_dist.train import supervised
 from dp4tl_dist.train.check import check_transfer
 from dp4tl_dist.train.checkpoint import read_meta
+from dp4tl_dist.train.engine import Engine
+from dp4tl_dist.train.evaluate import Score, Split, evaluate
 from dp4tl_dist.train.supervised import make_job
+from dp4tl_dist.train.task import Task
 from dp4tl_dist.transfer import transfer
 from dp4tl_dist.world import World
 
@@ -97,7 +107,7 @@ class Draw:
         }  # fmt: skip
 
     def stage(self, *, surrogate: bool) -> Content:
-        kind = self.one("supervised", "supervised", "supervised", "adversarial", bad=("moco",) if surrogate else ())
+        kind = self.one(*["supervised"] * 9, "adversarial", bad=("moco",) if surrogate else ())
         kind = "moco" if not surrogate and self.random.random() < 0.1 else kind
         moco = {"queue": self.one(24, 48, bad=(25,)), "dim": 8, "bn_groups": self.one(1, 1, 2), "neighbours": 3}
         attack = {"steps": 1, "robust_val": self.random.random() < 0.1}
@@ -156,12 +166,27 @@ class Draw:
 
 
 def first_steps(config: RunConfig, out: Path) -> list[str]:
-    """Make each stage of a run here, training up to its first step (whole, where losses are logged). The names."""
+    """Make each stage of a run here, training up to its first step (whole, where losses are logged) and judging a few
+    samples; by a narrower network, as it is many. The names."""
     graph = Graph(config, out)
-    for stage in graph.stages.values():
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            _first_step(stage, config.nproc if stage.distributed else 1)
+    narrow = functools.partial(models.TinyResNet, widths=(8, 8, 16, 16))
+    with mock.patch.dict(models.ARCHITECTURES, resnet_tiny=narrow), contextlib.ExitStack() as held:
+        for module in (supervised, transfer_module):
+            held.enter_context(mock.patch.object(module, "evaluate", _judge_a_few))
+        for stage in graph.stages.values():
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                _first_step(stage, config.nproc if stage.distributed else 1)
     return list(graph.stages)
+
+
+def _judge_a_few(task: Task, engine: Engine, world: World, split: Split, view: CentreView, **more: Any) -> Score:
+    few = split if "observe" in more else replace(split, kept=split.kept[:: max(1, len(split.kept) // 4)])
+    return evaluate(task, engine, world, few, view, **more)
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    return build_parser()
 
 
 def _first_step(stage: Stage, num_ranks: int) -> None:
@@ -177,7 +202,7 @@ def _first_step(stage: Stage, num_ranks: int) -> None:
             job = replace(job, optim=job.optim.model_copy(update={"steps": 1}))
         Fit(job, World()).run()
         return
-    args = build_parser().parse_args([*stage.argv])
+    args = _parser().parse_args([*stage.argv])
     if stage.argv[0] == "transfer":
         content = recipe(args.mode, stage.config or {})
         whole = validate(TransferConfig, content, source=stage.name)
