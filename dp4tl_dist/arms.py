@@ -77,7 +77,8 @@ def _influence(graph: "Graph", target: str) -> Path:
         "seed": graph.config.seeds[0], "engine": graph.config.engine.model_dump(mode="json"),
     }  # fmt: skip
     argv = (INFLUENCE, "--config", str(graph.config_path(name)), "--out", str(output))
-    return graph.add(Stage(name, argv, (graph.source, train), output, config=content))
+    init = (Path(graph.config.influence.model.init),) if graph.config.influence.model.init else ()
+    return graph.add(Stage(name, argv, (graph.source, train, *init), output, config=content))
 
 
 def _together(graph: "Graph") -> list[str]:

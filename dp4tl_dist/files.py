@@ -32,6 +32,9 @@ MAX_ARRAY_BYTES = 64 << 30
 
 # ---------------------------------------------------------------- outputs and locks
 
+LOCK = ".lock"
+"""The file in a folder that whoever works in it holds. It stays there."""
+
 
 def check_output(
     path: Path, *, force: bool, inputs: Iterable[Path | str | None] = (), also: Iterable[Path] = ()
@@ -74,7 +77,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     own = life(os.environ)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below)
+        handle = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"cannot write in {folder} ({error.strerror}): choose another --out") from error
     with handle:

@@ -14,6 +14,7 @@ from dp4tl_dist.records import (
     finish,
     finished,
     is_done,
+    open_folder,
     plan,
     prepare,
     record_path,
@@ -36,7 +37,7 @@ def run(config: RunConfig, *, out: Path, dry_run: bool = False) -> None:
         return
     with folder_lock(out):
         check_folder(graph)
-        write_json(out / "config.json", config.model_dump(mode="json"))
+        open_folder(graph)
         stages = list(graph.stages.values())
         for i, stage in enumerate(stages):
             label = f"[{i + 1:>{len(str(len(stages)))}}/{len(stages)}] {stage.name}"

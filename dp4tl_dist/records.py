@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,34 @@ def plan(graph: Graph) -> list[tuple[Stage, str]]:
     return result
 
 
+OWN = (
+    "config.json",
+    "results.json",
+    "results.txt",
+    "report.html",
+    "sweep.csv",
+    "sweep.json",
+    "sweep.jsonl",
+    "sweep.txt",
+)
+"""What a run writes into its folder, beside what its stages make."""
+
+
+def open_folder(graph: Graph) -> None:
+    """Make the folder of records, which says that this is a run's, and then write the run's config."""
+    (graph.out / "stages").mkdir(parents=True, exist_ok=True)
+    write_json(graph.out / "config.json", graph.config.model_dump(mode="json"))
+
+
 def check_folder(graph: Graph) -> None:
-    """Refuse a run folder of another format of records, and outputs in it that it did not make: UserError."""
+    """Refuse a run folder of another format of records, and what is in the place of the run's own files and outputs
+    though it did not make it: UserError."""
+    foreign = [] if (graph.out / "stages").is_dir() else [name for name in OWN if os.path.lexists(graph.out / name)]
+    if foreign:
+        raise UserError(
+            f"{graph.out / foreign[0]} was not made by a run (there is no {graph.out / 'stages'}), and would be "
+            "replaced: move it away, or choose another --out"
+        )
     for stage in graph.stages.values():
         record = read_record(graph, stage)
         found = record.get("format", 0)
@@ -159,7 +186,7 @@ def stage_key(graph: Graph, stage: Stage) -> str:
     many ranks it runs, does not change what it makes.
     """
     contents = {str(path): content_digest(path) for path in stage.inputs}
-    out = str(graph.out)
+    made = {str(path): path for each in graph.stages.values() for path in (*each.outputs, graph.config_path(each.name))}
 
     def unplaced(value: Any) -> Any:
         if isinstance(value, dict):
@@ -167,7 +194,7 @@ def stage_key(graph: Graph, stage: Stage) -> str:
         if isinstance(value, list | tuple):
             return [unplaced(item) for item in value]
         if isinstance(value, str) and value not in contents:
-            return "RUN" + value[len(out) :] if Path(value).is_relative_to(out) else value
+            return f"RUN/{made[value].relative_to(graph.out)}" if value in made else value
         return contents[value] if isinstance(value, str) else value
 
     config = {key: value for key, value in (stage.config or {}).items() if key not in ("log", "checkpoint")}
@@ -189,11 +216,19 @@ def content_digest(path: Path) -> str:
             return "damaged"
     if path.is_file():
         return digest_file(path)
-    if (path / "checkpoints").is_dir():
-        return hashlib.blake2b(json.dumps(newest_meta(path).get("digests")).encode(), digest_size=16).hexdigest()
+    if meta := checkpoint_meta(path) or newest_meta(path):
+        return hashlib.blake2b(json.dumps(meta.get("digests")).encode(), digest_size=16).hexdigest()
     if path.is_dir():
         return listing_digest(path)
     return "absent"
+
+
+def checkpoint_meta(folder: Path) -> dict[str, Any]:
+    """The meta of a checkpoint's folder, {} for any other. Reads JSON alone, no weights."""
+    if not (folder / "weights.safetensors").is_file() or not (folder / "meta.json").is_file():
+        return {}
+    found = read_json(folder / "meta.json")
+    return found if isinstance(found, dict) else {}
 
 
 def newest_meta(run_folder: Path) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Graph:
         }
         config["log"]["sample_losses"] = self.config.log.sample_losses or losses
         also = (output / LOSSES,) if losses else ()
-        inputs = tuple(path for path in paths.values() if path)
+        init = (Path(table.model.init),) if table.model.init else ()
+        inputs = (*(path for path in paths.values() if path), *init)
         argv = ("train", "--config", str(self.config_path(name)), "--out", str(output))
         return self.add(Stage(name, argv, inputs, output, distributed=True, config=config, also=also))
 

@@ -75,7 +75,7 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     from rich.text import Text
 
     shown = [(key, mode) for key in ("accuracy", "robust") for mode in rows[0].get(key, ())]
-    table = Table(title=f"{out.name}: target accuracy and time to the pretrained model")
+    table = Table(title=f"{out.resolve().name}: target accuracy and time to the pretrained model")
     table.add_column("target")
     table.add_column("arm")
     for header in ("source samples", "pretrain", "total*", "speed-up", *(_header(*item) for item in shown)):

@@ -20,11 +20,15 @@ def train(verbs: Verbs) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from dp4tl_dist.config import TrainConfig, load_config
     from dp4tl_dist.config_file import toml_string
+    from dp4tl_dist.files import keep_inputs
 
     paths = {"subset": args.subset, "val_subset": args.val_subset}
     given = [f"data.{key}={toml_string(str(path))}" for key, path in paths.items() if path]
     given += ["model.allow_incomplete=true"] * args.allow_incomplete
     config = load_config(TrainConfig, args.config, [*args.set, *given])
+
+    if args.force:
+        keep_inputs([args.out / "config.json"], [args.config])
 
     from dp4tl_dist.train.supervised import train
     from dp4tl_dist.world import joined

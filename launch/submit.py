@@ -39,7 +39,7 @@ from dp4tl_dist.jobs import REPORT, SavedJobs, cancel, follow, in_queue, lanes, 
 from dp4tl_dist.log import say
 from dp4tl_dist.pipeline import conclude
 from dp4tl_dist.plan import check_plan
-from dp4tl_dist.records import plan
+from dp4tl_dist.records import open_folder, plan
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.slurm_config import minutes
 from dp4tl_dist.stage import Stage
@@ -145,7 +145,7 @@ def submit(
     )
     if not dry_run:
         write_json(what.config, resolved)
-        write_json(out / "config.json", resolved)
+        open_folder(graph)
         (out / "jobs").mkdir(exist_ok=True)
     last = Stage(REPORT, ("report", str(out)), tuple(stage.output for stage in todo), out / "report.html")
     jobs: dict[str, str] = {}
@@ -209,7 +209,7 @@ def run_here(config: RunConfig, out: Path, *, max_parallel: int, dry_run: bool) 
             say(f"{why:>7}  {stage.name:<32} after {', '.join(needs(stage, list(graph.stages.values()))) or '-'}")
         return EXIT_DONE
     todo = [stage for stage, why in plan(graph) if why != "skip"]
-    write_json(out / "config.json", config.model_dump(mode="json"))
+    open_folder(graph)
     failed = run_all(graph, todo, launch, max_parallel=max_parallel or 1)
     if failed:
         return EXIT_FAILURE

@@ -261,6 +261,20 @@ def test_run_folder_with_foreign_files(refused: Run, world: Path, tmp_path: Path
     refused("train", "--config", tiny(world), "--out", tmp_path / "run", names="--force")
 
 
+def test_a_config_in_the_folder_of_the_run_stays(refused: Run, world: Path, tmp_path: Path) -> None:
+    """A run keeps its config under a name that one's own may have."""
+    own = tmp_path / "exp" / "config.json"
+    own.parent.mkdir()
+    source = {"train": str(world / "source.beton")}
+    own.write_text(json.dumps({"data": source, "model": {"arch": "resnet_tiny"}, "train": {
+        "epochs": 1, "peak_epoch": 0, "batch_size": 8, "resolution": 32, "val_resolution": 32}}))  # fmt: skip
+    refused("train", "--config", own, "--out", own.parent, names="--force")
+    refused("train", "--config", own, "--out", own.parent, "--force", names=own)
+    own.write_text(json.dumps({"source": source, "targets": {"t": {"train": str(world / "other.beton"),
+                                                                  "test": str(world / "other.beton")}}}))  # fmt: skip
+    refused("run", "--config", own, "--out", own.parent, "--dry-run", names=own)
+
+
 def test_output_folder_that_cannot_be_written(refused: Run, world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     place = tmp_path / "file" / "below"

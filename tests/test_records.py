@@ -14,6 +14,7 @@ from test_stages import Content, config_of
 from dp4tl_dist import pipeline, records, revisions
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, save_npz, write_json
+from dp4tl_dist.jobs import needs
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph
 
@@ -142,6 +143,62 @@ CHANGES: list[tuple[Content, set[str]]] = [
 def test_what_a_changed_config_redoes(place: Path, content: Content, kinds: set[str]) -> None:
     made()
     assert {name.split("-")[0] for name in made(**content)} == kinds
+
+
+@pytest.mark.parametrize("out", [".", "24", "deep/write"])
+def test_keys_do_not_depend_on_the_place(place: Path, out: str) -> None:
+    for name in ("checkpoints", "c"):  # a class that is called like a part of a training's folder
+        (place / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (24, 24), (i, 9, 9)).save(place / "images" / name / f"{i}.png")
+
+    def keys(out: str | Path, **write: Any) -> dict[str, str]:
+        graph = Graph(small(source={"train": "images"}, write={"max_side": 24, **write}), Path(out))
+        return {name: records.stage_key(graph, stage) for name, stage in graph.stages.items()}
+
+    before = keys(out)
+    assert before == keys(place / "elsewhere" / "run")
+    for changed in ({"max_side": 14}, {"quality": 24}, {"seed": 24}):
+        assert keys(out, **changed)["write-source-train"] != before["write-source-train"]
+    (place / "images" / "checkpoints" / "3.png").unlink()
+    assert keys(out)["write-source-train"] != before["write-source-train"]
+
+
+@pytest.mark.parametrize("table", ["surrogate", "pretrain", "influence"])
+def test_the_checkpoint_that_a_training_begins_with_is_an_input(place: Path, table: str) -> None:
+    run, folder = place / "before", place / "before" / "checkpoints" / "step_000000001"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_text("weights")
+
+    def digests(text: str) -> None:
+        write_json(folder / "meta.json", {"digests": {"weights.safetensors": text}, "complete": True})
+
+    stage = {"surrogate": "surrogate", "pretrain": "pretrain-dense-s0", "influence": "influence-t"}[table]
+    for init in (run, folder):
+        digests("one")
+        graph = Graph(
+            small(arms=["dense", "influence@0.5", "lm@0.5"], **{table: {"model": {"init": str(init)}}}), Path("out")
+        )
+        before = records.stage_key(graph, graph.stages[stage])
+        digests("two")
+        assert records.stage_key(graph, graph.stages[stage]) != before
+    config = small(pretrain={"model": {"init": "out/surrogate"}})
+    graph = Graph(config, Path("out"))
+    assert "surrogate" in needs(graph.stages["pretrain-dense-s0"], list(graph.stages.values()))
+
+
+@pytest.mark.parametrize("name", records.OWN)
+def test_files_that_no_run_made_are_not_replaced(place: Path, name: str) -> None:
+    (place / "mine").mkdir()
+    (place / "mine" / name).write_text("mine")
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=f"{name} was not made by a run"):
+            pipeline.run(small(), out=Path("mine"), dry_run=dry_run)
+    assert [path.name for path in (place / "mine").iterdir()] == [name]
+    assert (place / "mine" / name).read_text() == "mine"
+    made()
+    (place / "out" / name).write_text("the run's own")
+    assert made() == []
 
 
 def test_a_changed_input_is_noticed(place: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import folder_lock, keep_inputs
+from dp4tl_dist.files import LOCK, folder_lock, keep_inputs
 from dp4tl_dist.log import say
 from dp4tl_dist.train.checkpoint import resolve
 from dp4tl_dist.train.loss_log import WORKING
@@ -32,8 +32,9 @@ def claimed(out: Path, *, force: bool, inputs: Sequence[str] = ()) -> Iterator[N
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out names the run's folder")
     items = [item.name for item in out.iterdir()] if out.is_dir() else []
-    # What a run leaves that ended before its first line and its first checkpoint is its own as well.
-    foreign = [name for name in items if not name.startswith(".") and name not in (*OWN, "tensorboard")]
+    # What a run leaves that ended before its first line and its first checkpoint is its own as well: it had the lock.
+    own = (*OWN, "tensorboard") if LOCK in items else ("tensorboard",)
+    foreign = [name for name in items if not name.startswith(".") and name not in own]
     run = any(name in items for name in ("checkpoints", "metrics.jsonl", MOVING))
     if foreign and not run and not force:
         raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
