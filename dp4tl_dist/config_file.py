@@ -1,6 +1,7 @@
 """Reading configs: TOML into frozen, strictly validated models. An unknown key is an error."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +12,7 @@ from dp4tl_dist.inputs import MAX_PARTS, parse_toml, read_text
 
 MAX_TOML_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
+SIDES = ("start_resolution", "val_resolution")
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -105,8 +107,21 @@ def validate(model: type[Model], content: dict[str, Any], *, source: str) -> Mod
 
 def load_config(model: type[Model], name: str, overrides: list[str] | None = None) -> Model:
     """Read, override and validate the config that `--config NAME` and `--set` describe."""
-    path = find_config(name)
-    return validate(model, apply_overrides(read_toml(path), overrides or []), source=str(path))
+    path, overrides = find_config(name), overrides or []
+    content = read_toml(path)
+    if path.parent == PRESETS:
+        for override in overrides:
+            content = following(content, override.partition("=")[0].strip().split("."))
+    return validate(model, apply_overrides(content, overrides), source=str(path))
+
+
+def following(content: dict[str, Any], changed: Sequence[str]) -> dict[str, Any]:
+    """`content` of a preset, less what it sets to fit its `resolution` alone, where that is the key that is changed:
+    the other sides then follow from the new one, unless they are given, too."""
+    if len(changed) == 1:
+        return {key: value for key, value in content.items() if changed[0] != "resolution" or key not in SIDES}
+    inner = content.get(changed[0])
+    return {**content, changed[0]: following(inner, changed[1:])} if isinstance(inner, dict) else content
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -24,6 +24,7 @@ from dp4tl_dist.config import (
     Training,
     load_config,
 )
+from dp4tl_dist.config_file import following
 from dp4tl_dist.influence_config import SmallModels
 from dp4tl_dist.slurm_config import SlurmConfig
 
@@ -105,6 +106,8 @@ def on_preset(name: str, content: dict[str, Any], table: type[Table]) -> dict[st
     """`content` of a training stage on top of the training config called `name`."""
     base = load_config(TrainConfig, name).model_dump(mode="json", exclude_unset=True)
     base |= {key: value for key, value in base.pop("data", {}).items() if key in table.model_fields}
+    for key in content["train"] if isinstance(content.get("train"), dict) else ():
+        base = following(base, ["train", key])
     if foreign := sorted(base.keys() - table.model_fields.keys()):
         raise ValueError(
             f"the preset {name} sets {foreign[0]!r}, which is the whole run's: set it there, without preset"

@@ -249,6 +249,16 @@ def test_a_run_trains_by_presets() -> None:
         assert table.train.model_dump() == {**whole.train.model_dump(), **changed}
         assert table.preset == ""  # what is recorded is what it came to
     assert config.pretrain.min_scale == 0.25
+    # Other sides of a preset fit its resolution: they follow where another one is given, and do not where they are.
+    for name in ("resnet18-surrogate-fast", "resnet18-surrogate", "resnet101", "moco-resnet101"):
+        for side in (32, 224):
+            for more in ({}, {"val_resolution": 64}):
+                given = [f"train.{key}={value}" for key, value in {"resolution": side, **more}.items()]
+                pretrain = {"preset": name, "train": {"resolution": side, **more}}
+                whole = load_config(TrainConfig, name, given).train
+                assert validate(RunConfig, {**RUN, "pretrain": pretrain}, source="x").pretrain.train == whole
+                assert whole.val_resolution == more.get("val_resolution", val_side(side))
+                assert whole.start_resolution in (0, start_side(side, whole.resolution_step))
     assert validate(RunConfig, config.model_dump(mode="json"), source="x") == config
     for table, words in (
         ({"preset": "zero1"}, "sets 'engine', which is the whole run's"),
