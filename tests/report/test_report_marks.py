@@ -73,8 +73,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def shown_arms(graph: Graph, out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """The text of every table that numbers of this run stand in."""
+def shown_arms(graph: Graph, out: Path, capsys: pytest.CaptureFixture[str], *, page: bool = True) -> dict[str, str]:
+    """The text of every table that numbers of this run stand in, and the page, which takes seconds to draw."""
     table.write_table(table.collect(graph), out)
     run = read_run(out)
     rows = tidy(graph)
@@ -86,7 +86,7 @@ def shown_arms(graph: Graph, out: Path, capsys: pytest.CaptureFixture[str]) -> d
         "results": "\n".join(cell.text for cell in cells),
         "points": "\n".join(str(row[0]) for row in tables.points(run.arms, "lp", name="x").rows),
         "times": "\n".join(str(row[0]) for row in tables.times(run.arms).rows),
-        "page": render(run),
+        **({"page": render(run)} if page else {}),
     }
 
 
@@ -94,7 +94,7 @@ def shown_arms(graph: Graph, out: Path, capsys: pytest.CaptureFixture[str]) -> d
 def test_every_table_marks_the_arm(copied: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
     damage, words = CHANGES[change]
     graph = read_run(copied).graph
-    before = shown_arms(graph, copied, capsys)
+    before = shown_arms(graph, copied, capsys, page=change == "votes")
     assert not any(MARK in text for text in before.values())
     damage(copied)
     for name, text in shown_arms(graph, copied, capsys).items():
@@ -107,15 +107,12 @@ def test_every_table_marks_the_arm(copied: Path, change: str, capsys: pytest.Cap
     assert any(words in line["marks"] for line in tidy(graph) if line["arm"] == "lm@0.5")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\0" * 64, b"[]", b"3", b'{"status": 3}', b'{"status": "done", "seconds": "x"}'], ids=repr
-)
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b"[]", b'{"status": "done", "seconds": "x"}'], ids=repr)
 def test_a_damaged_record_is_told_and_not_fatal(copied: Path, content: bytes) -> None:
     path = next(path for path in sorted((copied / "stages").glob("transfer-*lm@0.5*")))
     path.write_bytes(content)
     run = read_run(copied)
-    page = render(run)
-    assert "<html" in page
+    assert "<html" in render(run)
     try:
         json.loads(content)
     except ValueError:
