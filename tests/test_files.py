@@ -269,10 +269,11 @@ def test_json_round_trip_and_absence(tmp_path: Path) -> None:
         one_line(caught, path)
 
 
-def test_meta_names_its_origin() -> None:
+def test_meta_names_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/dp4tl", "vote", "--out", "a b.npz"])
     meta = make_meta("votes", config={"a": 1}, seed=3, inputs={"source": "f00"})
     assert meta["kind"] == "votes" and meta["inputs"] == {"source": "f00"} and meta["seed"] == 3
-    assert meta["command"].startswith("dp4tl ") and meta["version"]
+    assert meta["command"] == "dp4tl vote --out 'a b.npz'" and meta["version"]
     assert meta["hardware"]["processor"] and meta["hardware"]["cores"] == os.cpu_count()
     assert meta["hardware"]["gpus"] == []  # nothing here has begun to use one
     json.dumps(meta)
