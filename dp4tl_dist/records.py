@@ -11,6 +11,7 @@ from typing import Any
 
 from dp4tl_dist import __version__
 from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
+from dp4tl_dist.data.rows import rows_path
 from dp4tl_dist.data.walk import listing_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
@@ -211,7 +212,9 @@ def content_digest(path: Path) -> str:
     """What identifies the content of an input or output; "absent" where there is nothing."""
     if path.suffix == ".beton" and path.is_file():
         try:
-            return beton_fingerprint(path)
+            found, rows = beton_fingerprint(path), rows_path(path)
+            # The tables know the images by their sizes alone, the rows by their content.
+            return f"{found} {digest_file(rows)}" if rows.is_file() else found
         except UserError:
             return "damaged"
     if path.is_file():

@@ -12,6 +12,8 @@ from PIL import Image
 from test_stages import Content, config_of
 
 from dp4tl_dist import pipeline, records, revisions
+from dp4tl_dist.data.beton import open_beton
+from dp4tl_dist.data.rows import read_rows, save_rows
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, save_npz, write_json
 from dp4tl_dist.jobs import needs
@@ -207,6 +209,10 @@ def test_a_changed_input_is_noticed(place: Path) -> None:
     assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "train.beton", per_class=3)
     assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
+    rows = read_rows(open_beton(place / "test.beton"))
+    assert rows is not None
+    save_rows(place / "test.beton", (rows.crc ^ 1).tolist(), [""] * len(rows.crc), fingerprint=rows.fingerprint)  # other images
+    assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "source.beton", per_class=3)
     assert {"surrogate", "prune", "compact", "pretrain"} <= {name.split("-")[0] for name in made()}
 
