@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of this repository: set-up, lint, format, types, tests. Arguments go to pytest, e.g. tests/data -k order.
+# Every check of this repository: set-up, lint, format, types, tests. Arguments go to pytest, e.g. tests/data -k order -n 0.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 "$root/launch/setup.sh"
@@ -33,4 +33,5 @@ if ! command -v chromium chromium-browser google-chrome google-chrome-stable >/d
             without "Chromium could not be installed (see $log)"
     fi
 fi
-exec python -m pytest -q "$@"
+# Two processes share the files, for a half of them waits for something most of the time (-n 0: one).
+exec python -m pytest -q -n 2 --no-loadscope-reorder "$@"
