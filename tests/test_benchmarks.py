@@ -117,6 +117,12 @@ def test_compact(root: Path, images: Path):
     check(content, cases=[["compact", "write", "copy"]])
 
 
+def test_checksums(root: Path, images: Path):
+    sizes = ["--samples", "20", "--batch-size", "10", "--resolution", "32"]
+    content = result(root, "checksums.py", "--images", str(images), *sizes)
+    check(content, cases=[["without rows", "with rows"]] * 2)
+
+
 OTHERS = ["torchvision", "dali", "streaming"]
 LOADER = ["--samples", "16", "--batch-size", "4", "--resolution", "16", "--threads", "1"]
 

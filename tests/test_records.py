@@ -211,7 +211,9 @@ def test_a_changed_input_is_noticed(place: Path) -> None:
     assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
     rows = read_rows(open_beton(place / "test.beton"))
     assert rows is not None
-    save_rows(place / "test.beton", (rows.crc ^ 1).tolist(), [""] * len(rows.crc), fingerprint=rows.fingerprint)  # other images
+    save_rows(
+        place / "test.beton", (rows.crc ^ 1).tolist(), [""] * len(rows.crc), fingerprint=rows.fingerprint
+    )  # other images
     assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "source.beton", per_class=3)
     assert {"surrogate", "prune", "compact", "pretrain"} <= {name.split("-")[0] for name in made()}
