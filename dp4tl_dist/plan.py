@@ -17,6 +17,7 @@ from dp4tl_dist.data.synthetic import dataset
 from dp4tl_dist.data.write import WriteOptions
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.influence_config import InfluenceConfig
+from dp4tl_dist.plan_content import Content
 from dp4tl_dist.plan_known import Dataset, Look, Network
 from dp4tl_dist.plan_sizes import Kept, kept_classes, kept_samples
 from dp4tl_dist.plan_words import in_the_runs_words
@@ -51,8 +52,9 @@ def check_plan(graph: Graph, *, ranks: Callable[[Stage], int], here: bool = True
 
 def _write(look: Look) -> Dataset:
     given = look.options
-    seed = int(given["seed"][0])
-    WriteOptions(int(given["max-side"][0]), int(given["quality"][0]), seed)
+    skip_bad = "skip-bad" in given
+    max_side, quality, seed = (int(given[key][0]) for key in ("max-side", "quality", "seed"))
+    options = WriteOptions(max_side, quality, seed, skip_bad=skip_bad, reencode="reencode" in given)
     if "synthetic" in given:
         kind, _, split = given["synthetic"][0].partition("/")
         samples, classes = dataset(kind, split, seed=seed)  # type: ignore[arg-type]
@@ -64,14 +66,12 @@ def _write(look: Look) -> Dataset:
                 "torchvision: write it with `dp4tl write --torchvision`, and name the beton)"
             )
         found = read_folder(Path(origin))
-        check_broken(found, skip_bad="skip-bad" in given)
+        check_broken(found, skip_bad=skip_bad)
         samples, classes = found.samples, found.classes
         if not samples:
             raise UserError(f"{origin}: there are no images to write")
     sizes = np.bincount([sample.label for sample in samples], minlength=len(classes)).astype(np.int64)
-    # Files of one command have one content, wherever they lie.
-    place = look.stage.argv.index("--out")
-    content = " ".join([*look.stage.argv[:place], *look.stage.argv[place + 2 :]])
+    content = Content(samples=samples, options=options)
     return Dataset(tuple(classes), sizes, Kept(len(samples), len(samples)), content)
 
 
@@ -203,7 +203,7 @@ def _prune(look: Look) -> Kept:
 
 def _compact(look: Look) -> Dataset:
     source = look.dataset(look.path("source"))
-    return Dataset(source.classes, source.sizes, look.kept(look.path("subset")), str(look.path("out")))
+    return Dataset(source.classes, source.sizes, look.kept(look.path("subset")))
 
 
 def _transfer(look: Look) -> None:
@@ -217,7 +217,7 @@ def _transfer(look: Look) -> None:
     for each in (train, test):
         each.labels_for("transfer")
     check_classes(look.path("test"), test.classes, look.path("train"), train.classes)
-    check_apart(look.path("train"), train.content, look.path("test"), test.content)
+    check_apart(look.path("train"), look.path("test"), same=train.content.same(test.content))
     network = look.network("checkpoint").trained
     check_transfer(config.suited(network), network.arch, train.sizes, look.path("train"), look.num_ranks)
 

@@ -1,9 +1,10 @@
 """What is known of a run's files before they are made: classes and sizes of a dataset, a network, a subset's size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.plan_content import Content
 from dp4tl_dist.plan_sizes import Kept, Sizes
 from dp4tl_dist.sides import TrainedAt
 from dp4tl_dist.stage import Stage
@@ -17,8 +18,8 @@ class Dataset:
     classes: tuple[str, ...]
     sizes: Sizes
     kept: Kept
-    content: str
-    """Equal for files of equal content: a fingerprint, or the command that writes it."""
+    content: Content = field(default_factory=Content)
+    """What tells whether another dataset is a copy. Nobody asks that of a compact copy: it has none."""
     beton: Beton | None = None
     """The file, where it is there."""
 
@@ -69,7 +70,7 @@ class Look:
         if not isinstance(found, Dataset):
             beton = open_beton(path)
             sizes = beton.class_sizes
-            found = Dataset(beton.classes, sizes, Kept(beton.num_samples, beton.num_samples), beton.fingerprint, beton)
+            found = Dataset(beton.classes, sizes, Kept(beton.num_samples, beton.num_samples), Content(beton), beton)
             self.known[path] = found
         return found
 
