@@ -52,11 +52,14 @@ class Look:
 
     @property
     def options(self) -> dict[str, list[str]]:
+        """What follows each option. No value of a stage begins with "-", but behind a "=" (see `stages`)."""
         found: dict[str, list[str]] = {}
         values: list[str] = []
         for part in self.stage.argv[1:]:
             if part.startswith("--"):
-                values = found.setdefault(part[2:], [])
+                name, sign, value = part[2:].partition("=")
+                values = found.setdefault(name, [])
+                values += [value] if sign else []
             else:
                 values.append(part)
         return found
