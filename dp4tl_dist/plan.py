@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from dp4tl_dist.config import ModelConfig, OptimConfig, Table, TaskConfig, TrainConfig, validate
+from dp4tl_dist.config import ModelConfig, TrainConfig, validate
 from dp4tl_dist.data.beton import check_apart
 from dp4tl_dist.data.folder import check_broken, read_folder
 from dp4tl_dist.data.synthetic import dataset
 from dp4tl_dist.data.write import WriteOptions
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.influence_config import InfluenceConfig
+from dp4tl_dist.plan_content import Content
 from dp4tl_dist.plan_known import Dataset, Look, Network
 from dp4tl_dist.plan_sizes import Kept, kept_classes, kept_samples
+from dp4tl_dist.plan_words import in_the_runs_words
 from dp4tl_dist.recipes import TransferConfig, recipe
 from dp4tl_dist.records import check_folder
 from dp4tl_dist.schedule import Plan
@@ -45,29 +47,14 @@ def check_plan(graph: Graph, *, ranks: Callable[[Stage], int], here: bool = True
         known |= {stage.output: made} if made is not None else {}
 
 
-def in_the_runs_words(stage: Stage, text: str) -> str:
-    """A stage's words about its config with the keys of the run's: train.lr of a probe is transfer.lp.lr."""
-    text = text.removeprefix(f"{stage.name}: ")
-    verb, *rest = stage.name.split("-")
-    table = {"transfer": f"transfer.{rest[0] if rest else ''}", "surrogate": "surrogate", "pretrain": "pretrain",
-             "influence": "influence"}.get(verb, "")  # fmt: skip
-    if verb == "surrogate" and rest:
-        table = f"surrogates.{'-'.join(rest).replace('~', '-')}"
-    if not table or text.startswith("influence."):
-        return text
-    keys: dict[str, type[Table]] = {"train": OptimConfig, "model": ModelConfig, "task": TaskConfig}
-    known = "|".join(f"{name}\\.(?:{'|'.join(kind.model_fields)})" for name, kind in keys.items())
-    found = re.compile(rf"(?<![\w./-])({known})\b")  # and no file, like train.beton
-    return found.sub(lambda match: f"{table}.{match[1].removeprefix('train.' if verb == 'transfer' else '')}", text)
-
-
 # ---------------------------------------------------------------- a check for each verb
 
 
 def _write(look: Look) -> Dataset:
     given = look.options
-    seed = int(given["seed"][0])
-    WriteOptions(int(given["max-side"][0]), int(given["quality"][0]), seed)
+    skip_bad = "skip-bad" in given
+    max_side, quality, seed = (int(given[key][0]) for key in ("max-side", "quality", "seed"))
+    options = WriteOptions(max_side, quality, seed, skip_bad=skip_bad, reencode="reencode" in given)
     if "synthetic" in given:
         kind, _, split = given["synthetic"][0].partition("/")
         samples, classes = dataset(kind, split, seed=seed)  # type: ignore[arg-type]
@@ -79,21 +66,17 @@ def _write(look: Look) -> Dataset:
                 "torchvision: write it with `dp4tl write --torchvision`, and name the beton)"
             )
         found = read_folder(Path(origin))
-        check_broken(found, skip_bad="skip-bad" in given)
+        check_broken(found, skip_bad=skip_bad)
         samples, classes = found.samples, found.classes
         if not samples:
             raise UserError(f"{origin}: there are no images to write")
     sizes = np.bincount([sample.label for sample in samples], minlength=len(classes)).astype(np.int64)
-    # Files of one command have one content, wherever they lie.
-    place = look.stage.argv.index("--out")
-    content = " ".join([*look.stage.argv[:place], *look.stage.argv[place + 2 :]])
+    content = Content(samples=samples, options=options)
     return Dataset(tuple(classes), sizes, Kept(len(samples), len(samples)), content)
 
 
 def _train(look: Look) -> Network:
-    from dp4tl_dist.models import outline
     from dp4tl_dist.train.check import check_classes, check_train, with_steps_of
-    from dp4tl_dist.train.checkpoint import fitting_weights, resolve
 
     config = validate(TrainConfig, look.stage.config or {}, source=look.stage.name)
     look.check_devices(config.engine.device)
@@ -117,17 +100,25 @@ def _train(look: Look) -> Network:
         if kept.least == kept.most:
             raise
         raise UserError(f"{error} (its subset may have {kept} of them)") from error
-    if config.model.init:
-        before = look.known.get(Path(config.model.init))
-        if not isinstance(before, Network):
-            model = outline(config.model.arch, max(1, len(source.classes)))
-            fitting_weights(model, resolve(Path(config.model.init)), fresh_head=True)
-        elif (before.trained.arch, before.classes) != (config.model.arch, source.classes):
-            raise UserError(f"model.init: {config.model.init} is of another network or of other classes")
+    _check_init(look, config.model, source.classes)
     logs, epochs = bool(data.val) and config.log.sample_losses, Plan(kept.least, optim).num_epochs
     validated = -(-epochs // optim.val_every) if logs else 0
     trained = TrainedAt(config.model.arch, optim.resolution, optim.val_resolution, optim.val_ratio)
     return Network(trained, source.classes or ("unlabelled",), by_labels, validated)
+
+
+def _check_init(look: Look, model: ModelConfig, classes: tuple[str, ...]) -> None:
+    """Raise UserError where training cannot start from `model.init`, as a stage will find it."""
+    from dp4tl_dist.models import outline
+    from dp4tl_dist.train.checkpoint import fitting_weights, resolve
+
+    before = look.known.get(Path(model.init)) if model.init else None
+    if isinstance(before, Network):
+        if (before.trained.arch, before.classes) != (model.arch, classes):
+            raise UserError(f"model.init: {model.init} is of another network or of other classes")
+    elif model.init:
+        folder = resolve(Path(model.init), allow_incomplete=model.allow_incomplete)
+        fitting_weights(outline(model.arch, max(1, len(classes))), folder, fresh_head=True)
 
 
 def _looks(look: Look) -> Network:
@@ -212,7 +203,7 @@ def _prune(look: Look) -> Kept:
 
 def _compact(look: Look) -> Dataset:
     source = look.dataset(look.path("source"))
-    return Dataset(source.classes, source.sizes, look.kept(look.path("subset")), str(look.path("out")))
+    return Dataset(source.classes, source.sizes, look.kept(look.path("subset")))
 
 
 def _transfer(look: Look) -> None:
@@ -226,7 +217,7 @@ def _transfer(look: Look) -> None:
     for each in (train, test):
         each.labels_for("transfer")
     check_classes(look.path("test"), test.classes, look.path("train"), train.classes)
-    check_apart(look.path("train"), train.content, look.path("test"), test.content)
+    check_apart(look.path("train"), look.path("test"), same=train.content.same(test.content))
     network = look.network("checkpoint").trained
     check_transfer(config.suited(network), network.arch, train.sizes, look.path("train"), look.num_ranks)
 
@@ -240,6 +231,7 @@ def _influence(look: Look) -> None:
     for each in (source, target):
         each.labels_for("influence")
     check_influence(config, source.sizes, target.sizes)
+    _check_init(look, config.model, source.classes)
 
 
 CHECKS: dict[str, Callable[[Look], object]] = {

@@ -1,9 +1,10 @@
 """What is known of a run's files before they are made: classes and sizes of a dataset, a network, a subset's size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dp4tl_dist.data.beton import Beton, open_beton
+from dp4tl_dist.plan_content import Content
 from dp4tl_dist.plan_sizes import Kept, Sizes
 from dp4tl_dist.sides import TrainedAt
 from dp4tl_dist.stage import Stage
@@ -17,8 +18,8 @@ class Dataset:
     classes: tuple[str, ...]
     sizes: Sizes
     kept: Kept
-    content: str
-    """Equal for files of equal content: a fingerprint, or the command that writes it."""
+    content: Content = field(default_factory=Content)
+    """What tells whether another dataset is a copy. Nobody asks that of a compact copy: it has none."""
     beton: Beton | None = None
     """The file, where it is there."""
 
@@ -51,11 +52,14 @@ class Look:
 
     @property
     def options(self) -> dict[str, list[str]]:
+        """What follows each option. No value of a stage begins with "-", but behind a "=" (see `stages`)."""
         found: dict[str, list[str]] = {}
         values: list[str] = []
         for part in self.stage.argv[1:]:
             if part.startswith("--"):
-                values = found.setdefault(part[2:], [])
+                name, sign, value = part[2:].partition("=")
+                values = found.setdefault(name, [])
+                values += [value] if sign else []
             else:
                 values.append(part)
         return found
@@ -69,7 +73,7 @@ class Look:
         if not isinstance(found, Dataset):
             beton = open_beton(path)
             sizes = beton.class_sizes
-            found = Dataset(beton.classes, sizes, Kept(beton.num_samples, beton.num_samples), beton.fingerprint, beton)
+            found = Dataset(beton.classes, sizes, Kept(beton.num_samples, beton.num_samples), Content(beton), beton)
             self.known[path] = found
         return found
 

@@ -17,11 +17,16 @@ MAX_NAME = 180
 """Letters of a stage's name: with what temporary files add, names of files stay below 255."""
 
 
+def no_option(path: Path) -> Path:
+    """`path`, which no command line is to take for an option: where it begins with "-", from the root on."""
+    return path.absolute() if str(path).startswith("-") else path
+
+
 class Graph:
     """The stages of a run in an order that can be carried out, and the trials that they serve."""
 
     def __init__(self, config: RunConfig, out: Path) -> None:
-        self.config, self.out = config, out
+        self.config, self.out = config, no_option(out)
         self.stages: dict[str, Stage] = {}
         self._makers: dict[Path, str] = {}
         self.trials: list[Trial] = []
@@ -55,14 +60,17 @@ class Graph:
     def _beton(self, name: str, origin: str) -> Path:
         """The beton of a dataset; a stage writes it unless it is one already."""
         if origin.endswith(".beton"):
-            return Path(origin)
+            return no_option(Path(origin))
         output, write = self.out / "data" / f"{name}.beton", self.config.write
         is_drawn = origin.startswith(SYNTHETIC)
-        what = ("--synthetic", origin.removeprefix(SYNTHETIC)) if is_drawn else ("--images", str(Path(origin)))
+        images, part = no_option(Path(origin)), origin.removeprefix(SYNTHETIC)
+        what = ["--images", str(images)]
+        if is_drawn:  # a part's name with a "-" before it is none, and `write` is to say so
+            what = [f"--synthetic={part}"] if part.startswith("-") else ["--synthetic", part]
         argv = ["write", *what, "--out", str(output), "--max-side", str(write.max_side),
                 "--quality", str(write.quality), "--seed", str(write.seed)]  # fmt: skip
         argv += [*(["--skip-bad"] if write.skip_bad else []), *(["--reencode"] if write.reencode else [])]
-        inputs = () if is_drawn else (Path(origin),)
+        inputs = () if is_drawn else (images,)
         return self.add(Stage(f"write-{name}", tuple(argv), inputs, output, also=beside(output)))
 
     def train(

@@ -56,7 +56,7 @@ def open_target(train: Path, test: Path | None, *, val_share: float, seed: int) 
     if second is not None:
         second.labels_for("transfer")
         check_classes(second.path, second.classes, train, first.classes)
-        check_apart(train, first.fingerprint, second.path, second.fingerprint)
+        check_apart(train, second.path, same=first.fingerprint == second.fingerprint)
     keys = np.random.Philox(key=[seed, 0x7A]).random_raw(first.num_samples)
     held = []
     counts = held_out(first.class_sizes, val_share, path=train)

@@ -27,7 +27,7 @@ LEVELS = (
     ("transfer",),
     ("influence",),
     ("slurm_config", "arm_name", "run_config", "stage", "arms", "stages", "sweep", "outputs", "records", "plan",
-     "plan_known", "plan_sizes", "marks"),
+     "plan_known", "plan_sizes", "plan_words", "plan_content", "marks"),
     ("report",),
     ("children", "launcher", "ranks", "table", "info", "doctor", "pipeline", "advise"),
     ("stage_job", "jobs"),

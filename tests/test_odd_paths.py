@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dp4tl_dist.cli import main
+from dp4tl_dist.cli import build_parser, main
+from dp4tl_dist.config import validate
 from dp4tl_dist.data.beton import open_beton, sidecar
 from dp4tl_dist.data.subset import load_subset
+from dp4tl_dist.plan import check_plan
+from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.stages import Graph
 
 ODD = ("two  spaces", "quo'te\"s", "é 日本 \U0001f600", "line\nend\x1b[31m", "$HOME `x` *?[0] {a} %s \\n", "-dash=#,;")
 CLASSES = ("ant\nbee", "c'a\"t", "dôg \u2028", " wasp [0]")
@@ -90,6 +94,52 @@ def test_odd_paths_of_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run("vote", "--method", "lm", "--surrogate", place / "no\nne", "--target", target, "--out", votes) == 2
     error = capsys.readouterr().err
     assert error[:-1].isprintable() and error.startswith("dp4tl: error: ")
+
+
+@pytest.mark.parametrize("name", ["-imgs", "--imgs", "--out", "-1", "-", "--", "- x"])
+def test_names_that_look_like_options(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of folders, betons and the run's own: stages are given paths that their command lines take for paths."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (f"{name}s", f"{name}t"):
+        for label in range(2):
+            (tmp_path / folder / f"c{label}").mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (24, 24 + i), (90 * label, 10 * i, 0)).save(Path(folder, f"c{label}", f"{i}.png"))
+    beton = tmp_path / f"{name}.beton"
+    assert run("write", "--images", tmp_path / f"{name}s", "--out", beton, "--quality", 50, "--workers", 1) == 0
+    stage = {"model": {"arch": "resnet_tiny"}, "train": {"batch_size": 4, "resolution": 32}}
+    content = {
+        "source": {"train": f"{name}s", "val": f"{name}t"}, "engine": {"device": "cpu"}, "surrogate": stage,
+        "targets": {"t": {"train": f"{name}t", "test": f"{name}.beton"}}, "pretrain": stage, "compact": True,
+        "arms": ["lm@0.5", "retrieval@0.5", "influence@0.5", "random@0.5"],
+        "influence": {**stage, "masks": 12, "train": {"batch_size": 4, "resolution": 32, "steps": 1}},
+    }  # fmt: skip
+    graph = Graph(validate(RunConfig, content, source="test"), Path(f"{name}R"))
+    check_plan(graph, ranks=lambda stage: 1)
+    parser, places = build_parser(), {path.absolute() for path in (tmp_path / f"{name}s", tmp_path / f"{name}t", beton)}
+    for made in graph.stages.values():
+        given = vars(parser.parse_args(made.working_argv))
+        assert given["out"].absolute().is_relative_to(tmp_path / f"{name}R")
+        paths = [path for value in given.values() for path in (value if isinstance(value, list) else [value])]
+        for path in [path.absolute() for path in paths if isinstance(path, Path) and path != Path("data")]:
+            assert path in places or path.is_relative_to(tmp_path / f"{name}R"), made.argv
+
+
+def test_other_names_are_handed_on_as_they_are(tmp_path: Path) -> None:
+    """Stages are known by their command lines: a run of before is still done."""
+    content = {"source": {"train": "a/-b"}, "targets": {"t": {"train": "c.beton", "test": "../d"}}}
+    graph = Graph(validate(RunConfig, content, source="test"), Path("run"))
+    assert graph.out == Path("run") and graph.targets["t"][0] == Path("c.beton")
+    assert [stage.argv[2] for stage in graph.stages.values() if stage.argv[0] == "write"] == ["a/-b", "../d"]
+
+
+@pytest.mark.parametrize("part", ["-x/train", "--x", "--out", "-"])
+def test_a_part_of_the_embedded_dataset_that_looks_like_an_option(
+    tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["run", "--config", "demo", "--set", f"source.train=synthetic:{part}", "--out", tmp_path / "r", "--dry-run"]
+    assert run(*argv) == 2
+    assert "write-source-train: the embedded dataset has no part" in capsys.readouterr().err
 
 
 def refused_in_one_line(place: Path, source: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
       "influence.train": {**TRAIN, "batch_size": 17}}, "influence.train.batch_size 17 is larger than the 16"),
     ({"arms": ["influence@0.5"], "influence.masks": 32, "influence.model.arch": "resnet_tiny",
       "influence.train": TRAIN, "influence.lp": {"lr": "fast"}}, "influence.lp: train.lr"),
+    ({"arms": ["influence@0.5"], "influence.masks": 32, "influence.model": {"arch": "resnet_tiny"},
+      "influence.train": TRAIN, "influence.model.init": "PLACE/nowhere"}, "nowhere is not there"),
     ({"arms": ["fm@0.5"], "clusters.count": 99}, "--clusters 99 is not between 1 and the 40 samples"),
     ({"arms": ["lm@0.4+steps"], "pretrain.train.steps": 3}, "both say how long to train"),
 ]  # fmt: skip

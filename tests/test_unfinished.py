@@ -11,9 +11,14 @@ import torch
 from data_factory import make_beton
 
 from dp4tl_dist.cli import main
+from dp4tl_dist.config import validate
 from dp4tl_dist.data.beton import open_beton, sidecar
+from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import load_npz, make_meta, read_json
 from dp4tl_dist.models import build_model
+from dp4tl_dist.plan import check_plan
+from dp4tl_dist.run_config import RunConfig
+from dp4tl_dist.stages import Graph
 from dp4tl_dist.train import checkpoint
 
 SIDES = {"resolution": 32, "val_resolution": 32, "val_ratio": 0.875}
@@ -133,6 +138,31 @@ def test_an_unfinished_training_is_refused_or_recorded(
     )
     assert main([*command(copied, verb), "--allow-incomplete", "--out", str(copied / VERBS[verb])]) == 0
     assert made(copied, verb)["unfinished"] == [f"{checkpoint.checkpoint_path(copied / 'run', 5)} (step 5)"]
+
+
+@pytest.mark.parametrize("table", ["pretrain", "surrogate", "influence"])
+def test_the_plan_of_a_run_takes_what_its_stages_take(copied: Path, table: str) -> None:
+    """Told to, a run starts from an unfinished training; else it is told by which key of its own config it may."""
+    shutil.rmtree(checkpoint.checkpoint_path(copied / "run", 10))
+    stage = {"model": {"arch": "resnet_tiny"},
+             "train": {"batch_size": 8, "resolution": 32, "val_resolution": 32}}  # fmt: skip
+    first = {**stage, "model": {"arch": "resnet_tiny", "init": str(copied / "run")}}
+    content = {
+        "source": {"train": str(copied / "source.beton")}, "engine": {"device": "cpu"}, "arms": ["lm@0.5"],
+        "targets": {"t": {"train": str(copied / "train.beton"), "test": str(copied / "test.beton")}},
+        "surrogate": stage, "pretrain": stage, "influence": {"masks": 32}, "transfer": {"lp": SIDES},
+    }  # fmt: skip
+    if table == "influence":
+        content["arms"], first = ["influence@0.5"], {**first, "masks": 32}
+    content[table] = first
+
+    def plan() -> None:
+        check_plan(Graph(validate(RunConfig, content, source="test"), copied / "out"), ranks=lambda stage: 1)
+
+    with pytest.raises(UserError, match=f"step 5.*{table}.model.allow_incomplete = true"):
+        plan()
+    first["model"]["allow_incomplete"] = True  # type: ignore[index]
+    plan()
 
 
 @pytest.mark.parametrize("verb", ["lm", "transfer"])

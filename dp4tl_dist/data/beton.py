@@ -149,9 +149,9 @@ def open_beton(path: Path, *, described: bool = True) -> Beton:
     )
 
 
-def check_apart(train: Path, content: str, test: Path, other: str) -> None:
+def check_apart(train: Path, test: Path, *, same: bool) -> None:
     """Refuse a test set that is the training set, or a copy of it: of the same content (fingerprints)."""
-    if content == other:
+    if same:
         raise UserError(
             f"{test} holds the samples of {train}: a test on what was trained on tells nothing; pass the "
             "target's own test set"

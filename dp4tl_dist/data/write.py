@@ -127,7 +127,7 @@ def write_samples(
     if not samples:
         raise UserError(f"{origin or out}: there are no images to write")
     check_output(out, force=options.force)
-    order = epoch_order(np.arange(len(samples)), seed=options.seed, epoch=WRITE_EPOCH).tolist()
+    order = written_order(len(samples), options.seed)
     skipped = list(broken)
     with BetonWriter(out, capacity=len(samples)) as writer:
         encoded = _encode_all((samples[i].source for i in order), options)
@@ -148,6 +148,11 @@ def write_samples(
         meta = make_meta("dataset", config=config, seed=options.seed)
         writer.finish(classes, meta | {"skipped": skipped, "left_out": dict(left_out)})
     return WriteReport(writer.num_samples, len(classes), skipped, dict(left_out), time.monotonic() - start)
+
+
+def written_order(count: int, seed: int) -> list[int]:
+    """Which of so many samples is the first in the file, the second, ..."""
+    return [int(i) for i in epoch_order(np.arange(count), seed=seed, epoch=WRITE_EPOCH)]
 
 
 def _name(source: Source, root: Path | None) -> str:

@@ -156,8 +156,8 @@ def resolve(path: Path, *, allow_incomplete: bool = False) -> Path:
         raise UserError(f"{folder} is damaged (its files differ from its meta.json): {remedy}")
     if not allow_incomplete and (stand := standing(read_meta(folder))):
         raise UserError(
-            f"{path} is not trained to its end ({stand}): finish its training, or add --allow-incomplete "
-            "to use it as it is"
+            f"{path} is not trained to its end ({stand}): finish its training, or use it as it is with "
+            "--allow-incomplete (for model.init in a config: model.allow_incomplete = true)"
         )
     return folder
 
