@@ -22,7 +22,7 @@ from dp4tl_dist.artifact import make_meta as make_meta
 from dp4tl_dist.artifact import unfinished_in as unfinished_in
 from dp4tl_dist.atomic import atomic_file, check_writable, sweep
 from dp4tl_dist.errors import InUseError, UserError
-from dp4tl_dist.inputs import check_plain, open_plain, read_text
+from dp4tl_dist.inputs import check_plain, check_replaceable, open_plain, read_text
 from dp4tl_dist.nodes import life
 from dp4tl_dist.revisions import check_format
 
@@ -34,13 +34,26 @@ MAX_ARRAY_BYTES = 64 << 30
 
 
 def check_output(
-    path: Path, *, force: bool, inputs: Iterable[Path | str | None] = (), also: Iterable[Path] = ()
+    path: Path,
+    *,
+    force: bool,
+    inputs: Iterable[Path | str | None] = (),
+    also: Iterable[Path] = (),
+    folders: Iterable[Path] = (),
 ) -> None:
-    """Refuse an output that exists (unless `force`), that is one of the `inputs`, or whose folder cannot be made or
-    written; remove what killed writers of it left. also: further files that are replaced with it."""
+    """Refuse an output that exists (unless `force`), that is one of the `inputs`, that is no file, or whose folder
+    cannot be made or written; remove what killed writers of it left.
+
+    also, folders: further files that are replaced with it, and folders that are worked in.
+    """
+    files, folders = [path, *also], list(folders)
+    for place in files:
+        check_replaceable(place)
+    for place in folders:
+        check_replaceable(place, "a folder")
     if path.exists() and not force:
         raise UserError(f"{path} exists: choose another --out or add --force to replace it")
-    keep_inputs([path, *also], inputs)
+    keep_inputs([*files, *folders], inputs)
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

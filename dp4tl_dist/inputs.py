@@ -40,6 +40,19 @@ def check_plain(path: Path) -> None:
         raise UserError(f"{path} is {KINDS[kind]}, and a file is needed here")
 
 
+def check_replaceable(path: Path, *kinds: str) -> None:
+    """Refuse an output's place where something else lies than the `kinds` ("a file" where none is named): a rename
+    would put a file where a device was, or take a FIFO from its readers. A link counts as what it leads to."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there, or the writer tells what keeps it from being looked at
+        return
+    wanted, kind = kinds or ("a file",), "a file" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no file")
+    if kind not in wanted:
+        found = f"is a link that leads to {kind}" if path.is_symlink() else f"is {kind}"
+        raise UserError(f"{path} {found}, and only {' or '.join(wanted)} is replaced here: choose another --out")
+
+
 def open_plain(path: Path) -> BinaryIO:
     """`path`, opened for reading. What is no plain file is a UserError, at once; OSError as usual."""
     check_plain(path)
