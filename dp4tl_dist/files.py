@@ -68,13 +68,25 @@ def check_output(
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
     """Refuse an output that is an input, by whatever name, lies in an input, or holds one: replacing it would destroy
-    what is read. UserError. Inputs that are None, empty or not there count as none."""
+    what is read. UserError. What belongs to an input (`companions`) is one as well; inputs that are None, empty or not
+    there count as none."""
     given = [Path(path) for path in inputs if path and Path(path).exists()]
+    given += [item for path in given for item in companions(path) if item.exists()]
     for output in outputs:
         for path in given if output.exists() else ():
             a, b = output.resolve(), path.resolve()
             if output.samefile(path) or (path.is_dir() and b in a.parents) or (output.is_dir() and a in b.parents):
                 raise UserError(f"{output} is an input as well ({path}), and would be replaced: choose another --out")
+
+
+def companions(path: Path) -> list[Path]:
+    """What is read with an input: a beton's classes and checksums, beside the name that was given and beside what that
+    leads to; all files of a checkpoint or of its run, which may be links to elsewhere."""
+    if path.is_dir():
+        run = (path / "checkpoints").is_dir()
+        found = [*path.glob("checkpoints/*/*"), *path.iterdir()] if run else []
+        return found if run else list(path.iterdir()) if (path / "meta.json").is_file() else []
+    return [name.with_name(name.name + suffix) for name in (path, path.resolve()) for suffix in (".json", ".rows")]
 
 
 @contextlib.contextmanager
