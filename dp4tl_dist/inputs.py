@@ -24,9 +24,10 @@ KINDS = {
 }  # fmt: skip
 # What Python's parser is given: its time grows with the square of a key's parts and of its tables' depth.
 MAX_PARTS, MAX_DEPTH, MAX_ITEMS = 16, 32, 20_000
-# Strings and comments, closed or not; what is left are keys, numbers and marks.
+# Strings and comments, closed or not; what is left are keys, numbers and marks. One or two quotes that a
+# long string ends with stand before the three that close it: left over, they would open a string that hides the rest.
 TEXT = re.compile(
-    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)' + r"|'''.*?(?:'''|\Z)" + r'|"(?:[^"\\\n]|\\.)*"?' + r"|'[^'\n]*'?|#[^\n]*",
+    r'"""(?:[^\\]|\\.)*?(?:"{3,5}|\Z)' + r"|'''.*?(?:'{3,5}|\Z)" + r'|"(?:[^"\\\n]|\\.)*"?' + r"|'[^'\n]*'?|#[^\n]*",
     re.DOTALL,
 )
 MARK = re.compile(r"[\[\]{}]")
