@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.inputs import check_replaceable
 
 NODE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 TEMPORARY = re.compile(r"\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
@@ -38,8 +39,10 @@ def fsync_folder(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary beside `path`; on success fsync it and rename it to `path`, otherwise remove it.
 
-    What earlier writers of `path` left is removed first. UserError where it cannot be written.
+    What earlier writers of `path` left is removed first. UserError where it cannot be written, or what is there is no
+    file.
     """
+    check_replaceable(path)
     try:
         with _held(path, folder=False) as temporary:
             yield temporary
@@ -55,8 +58,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder; OSError where it cannot be written. An older folder of that name is removed once
-    the new one is in its place."""
+    """Like `atomic_file` for a folder; OSError where it cannot be written, UserError where what is there is no folder.
+    An older folder of that name is removed once the new one is in its place."""
+    check_replaceable(path, "a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _held(path, folder=True) as temporary:
         yield temporary

@@ -22,7 +22,7 @@ from dp4tl_dist.artifact import make_meta as make_meta
 from dp4tl_dist.artifact import unfinished_in as unfinished_in
 from dp4tl_dist.atomic import atomic_file, check_writable, sweep
 from dp4tl_dist.errors import InUseError, UserError
-from dp4tl_dist.inputs import check_plain, open_plain, read_text
+from dp4tl_dist.inputs import check_plain, check_replaceable, open_plain, read_text
 from dp4tl_dist.nodes import life
 from dp4tl_dist.revisions import check_format
 
@@ -37,13 +37,26 @@ LOCK = ".lock"
 
 
 def check_output(
-    path: Path, *, force: bool, inputs: Iterable[Path | str | None] = (), also: Iterable[Path] = ()
+    path: Path,
+    *,
+    force: bool,
+    inputs: Iterable[Path | str | None] = (),
+    also: Iterable[Path] = (),
+    folders: Iterable[Path] = (),
 ) -> None:
-    """Refuse an output that exists (unless `force`), that is one of the `inputs`, or whose folder cannot be made or
-    written; remove what killed writers of it left. also: further files that are replaced with it."""
+    """Refuse an output that exists (unless `force`), that is one of the `inputs`, that is no file, or whose folder
+    cannot be made or written; remove what killed writers of it left.
+
+    also, folders: further files that are replaced with it, and folders that are worked in.
+    """
+    files, folders = [path, *also], list(folders)
+    for place in files:
+        check_replaceable(place)
+    for place in folders:
+        check_replaceable(place, "a folder")
     if path.exists() and not force:
         raise UserError(f"{path} exists: choose another --out or add --force to replace it")
-    keep_inputs([path, *also], inputs)
+    keep_inputs([*files, *folders], inputs)
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,13 +71,25 @@ def check_output(
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
     """Refuse an output that is an input, by whatever name, lies in an input, or holds one: replacing it would destroy
-    what is read. UserError. Inputs that are None, empty or not there count as none."""
+    what is read. UserError. What belongs to an input (`companions`) is one as well; inputs that are None, empty or not
+    there count as none."""
     given = [Path(path) for path in inputs if path and Path(path).exists()]
+    given += [item for path in given for item in companions(path) if item.exists()]
     for output in outputs:
         for path in given if output.exists() else ():
             a, b = output.resolve(), path.resolve()
             if output.samefile(path) or (path.is_dir() and b in a.parents) or (output.is_dir() and a in b.parents):
                 raise UserError(f"{output} is an input as well ({path}), and would be replaced: choose another --out")
+
+
+def companions(path: Path) -> list[Path]:
+    """What is read with an input: a beton's classes and checksums, beside the name that was given and beside what that
+    leads to; all files of a checkpoint or of its run, which may be links to elsewhere."""
+    if path.is_dir():
+        run = (path / "checkpoints").is_dir()
+        found = [*path.glob("checkpoints/*/*"), *path.iterdir()] if run else []
+        return found if run else list(path.iterdir()) if (path / "meta.json").is_file() else []
+    return [name.with_name(name.name + suffix) for name in (path, path.resolve()) for suffix in (".json", ".rows")]
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ KINDS = {
 }  # fmt: skip
 # What Python's parser is given: its time grows with the square of a key's parts and of its tables' depth.
 MAX_PARTS, MAX_DEPTH, MAX_ITEMS = 16, 32, 20_000
-# Strings and comments, closed or not; what is left are keys, numbers and marks.
+# Strings and comments, closed or not; what is left are keys, numbers and marks. One or two quotes that a
+# long string ends with stand before the three that close it: left over, they would open a string that hides the rest.
 TEXT = re.compile(
-    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)' + r"|'''.*?(?:'''|\Z)" + r'|"(?:[^"\\\n]|\\.)*"?' + r"|'[^'\n]*'?|#[^\n]*",
+    r'"""(?:[^\\]|\\.)*?(?:"{3,5}|\Z)' + r"|'''.*?(?:'{3,5}|\Z)" + r'|"(?:[^"\\\n]|\\.)*"?' + r"|'[^'\n]*'?|#[^\n]*",
     re.DOTALL,
 )
 MARK = re.compile(r"[\[\]{}]")
@@ -38,6 +39,19 @@ def check_plain(path: Path) -> None:
     kind = stat.S_IFMT(path.stat().st_mode)
     if kind in KINDS:
         raise UserError(f"{path} is {KINDS[kind]}, and a file is needed here")
+
+
+def check_replaceable(path: Path, *kinds: str) -> None:
+    """Refuse an output's place where something else lies than the `kinds` ("a file" where none is named): a rename
+    would put a file where a device was, or take a FIFO from its readers. A link counts as what it leads to."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there, or the writer tells what keeps it from being looked at
+        return
+    wanted, kind = kinds or ("a file",), "a file" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no file")
+    if kind not in wanted:
+        found = f"is a link that leads to {kind}" if path.is_symlink() else f"is {kind}"
+        raise UserError(f"{path} {found}, and only {' or '.join(wanted)} is replaced here: choose another --out")
 
 
 def open_plain(path: Path) -> BinaryIO:

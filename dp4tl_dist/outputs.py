@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dp4tl_dist.atomic import fsync_folder
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.inputs import check_replaceable
 from dp4tl_dist.stage import Stage
 
 KEY = ".key"
@@ -82,10 +83,11 @@ def places(stage: Stage) -> list[Path]:
 
 
 def refuse_links(stage: Stage) -> None:
-    """A link in an output's place leads to what this run did not make: UserError."""
+    """UserError where a link, which leads to what this run did not make, a FIFO or a device is in an output's place."""
     for path in places(stage):
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link, and {stage.name} has to replace it: remove the link first")
+        check_replaceable(path, "a file", "a folder")
 
 
 def refuse_foreign(stage: Stage) -> None:

@@ -154,6 +154,6 @@ def run_influence(args: argparse.Namespace) -> None:
     masks = [f"masks={args.masks}"] if args.masks is not None else []
     config = load_config(InfluenceConfig, args.config, [*args.set, *masks])
     store = args.out.with_name(args.out.name + ".run")
-    check_output(args.out, force=args.force, inputs=[config.source, config.target, args.config], also=[store])
+    check_output(args.out, force=args.force, inputs=[config.source, config.target, args.config], folders=[store])
     with joined(config.engine.device, timeout_s=config.engine.timeout_s) as world:
         influence(config, out=args.out, worker=(int(index), int(count)), world=world, force=args.force)

@@ -64,7 +64,7 @@ def run_transfer(args: argparse.Namespace) -> None:
     content = apply_overrides(content, [*args.set, *flags])
     config = validate(TransferConfig, recipe(args.mode, content), source=args.config or "--set")
     read = [args.checkpoint, args.train, args.test, args.config]
-    check_output(args.out, force=args.force, inputs=read, also=[args.out.with_name(args.out.name + ".run")])
+    check_output(args.out, force=args.force, inputs=read, folders=[args.out.with_name(args.out.name + ".run")])
 
     from dp4tl_dist.transfer import transfer
     from dp4tl_dist.world import joined

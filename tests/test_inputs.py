@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dp4tl_dist.cli import main
 from dp4tl_dist.config_file import apply_overrides, read_toml
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.inputs import parse_toml, read_text, tomllib
+from dp4tl_dist.inputs import MAX_PARTS, parse_toml, read_text, tomllib
 from dp4tl_dist.models import build_model
 from dp4tl_dist.train import checkpoint
 
@@ -201,6 +201,39 @@ def test_the_scan_changes_nothing_of_what_toml_says(text: str) -> None:
         assert parse_toml(text) == expected
     except ValueError as error:
         assert "and a config has at most" in str(error) and (text.count(".") >= 16 or text.count("[") > 16)
+
+
+BEFORE = (
+    *('"""a"""', '"""a""""', '"""a"""""', '""""""', '"""""""', '""""""""', '"""\\""""', '"""\\\\""""', '"""\n"\n"""'),
+    *("'''a'''", "'''a''''", "'''a'''''", "''''''", "'''''''", "''''''''", "'''\\'''", "'''\n'\n'''", "'''\"\"\"'''"),
+    *('"""\'\'\'"""', '"""# """', '"""\\\r\n"""', "'\\'", "'\"'", "'#'", '"\'"', '"\\""', '"\\\\"', '"#"', '""', "''"),
+    *("1 # '\n", '1 # """\n', "1 # \\\n", "{a.b = '''\n'''}", '"\\u0022"'),
+)
+
+
+@pytest.mark.parametrize("text", BEFORE)
+def test_nothing_hides_the_parts_of_a_key(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is bounded is counted, whatever value stands before it: the parser is never given more."""
+    assert tomllib.loads(f"x = [ {text}, {{a.a = 1}} ]")["x"][1] == {"a": {"a": 1}}, "it is a value"
+    refuses_many_parts(text, monkeypatch)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"\"'\\#\n a", '"""', "'''"]), max_size=12).map("".join))
+def test_no_value_of_any_quotes_hides_them(text: str) -> None:
+    try:
+        assert len(tomllib.loads(f"x = [ {text}, {{a.a = 1}} ]")["x"]) == 2
+    except (ValueError, AssertionError):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        refuses_many_parts(text, patch)
+
+
+def refuses_many_parts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tomllib, "loads", lambda text: pytest.fail("the parser was given it"))
+    for many in (f"x = [ {text}, {{{'a.' * MAX_PARTS}a = 1}} ]", f"x = [ {text} ]\n[{'a.' * MAX_PARTS}a]"):
+        with pytest.raises(ValueError, match=f"{MAX_PARTS + 1} parts of a key"):
+            parse_toml(many)
 
 
 def test_dots_in_strings_and_numbers_are_no_parts() -> None:

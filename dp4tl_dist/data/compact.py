@@ -28,7 +28,7 @@ def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool
     chosen = load_subset(subset, beton=beton)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} is not possible: use 0 to 2**63 - 1")
-    check_output(out, force=force, inputs=[source, subset, *beside(source)], also=beside(out))
+    check_output(out, force=force, inputs=[source, subset], also=beside(out))
     order = epoch_order(chosen.indices, seed=seed, epoch=WRITE_EPOCH)
     inputs = {"source": beton.fingerprint, "subset": digest_file(subset)}
     rows, names = load_rows(beton), read_names(beton)

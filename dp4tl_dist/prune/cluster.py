@@ -99,7 +99,8 @@ def cluster(
             f"--batch-size {batch_size} and --iterations {iterations} must be positive, and --tolerance {tolerance} "
             "not negative"
         )
-    on_main(world, lambda: check_output(out, force=force, inputs=[surrogate, source]))
+    folder = store or store_path(out)
+    on_main(world, lambda: check_output(out, force=force, inputs=[surrogate, source], folders=[folder]))
     beton = open_beton(source)
     check_count(num_clusters, beton.num_samples, source)
     if not 0 <= seed < 2**63:
@@ -113,7 +114,6 @@ def cluster(
         "batch_size": batch_size, "resolution": network.view.resolution, "ratio": network.view.ratio,
         "bf16": network.bf16,
     }  # fmt: skip
-    folder = store or store_path(out)
     on_main(world, lambda: _check_room(folder, network, beton, store_precision))
     key = hashlib.blake2b(json.dumps([inputs, seen], sort_keys=True).encode(), digest_size=16).hexdigest()
     features = open_store(

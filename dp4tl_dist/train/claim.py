@@ -9,6 +9,7 @@ from pathlib import Path
 from dp4tl_dist.data.losses import NAME
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import LOCK, folder_lock, keep_inputs
+from dp4tl_dist.inputs import check_replaceable
 from dp4tl_dist.log import say
 from dp4tl_dist.train.checkpoint import resolve
 from dp4tl_dist.train.loss_log import WORKING
@@ -38,6 +39,8 @@ def claimed(out: Path, *, force: bool, inputs: Sequence[str] = ()) -> Iterator[N
     run = any(name in items for name in ("checkpoints", "metrics.jsonl", MOVING))
     if foreign and not run and not force:
         raise UserError(f"{out} is not empty and holds no run: choose another --out, or --force to use it")
+    for name in OWN:
+        check_replaceable(out / name, "a folder" if name == "checkpoints" else "a file")
     if force:
         keep_inputs([out / name for name in (*OWN, REPLACED)], inputs)
     with folder_lock(out):
