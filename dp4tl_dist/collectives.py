@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.waiting import together
 
 if TYPE_CHECKING:
     from dp4tl_dist.world import World
@@ -76,7 +77,8 @@ def on_main(world: "World", action: Callable[[], Result]) -> Result | None:
     if world.num_ranks > 1:
         import torch.distributed as dist
 
-        dist.broadcast_object_list(failures)
+        with together():
+            dist.broadcast_object_list(failures)
     if failures[0]:
         raise UserError(failures[0])
     return result
@@ -99,7 +101,8 @@ def _all_reduce(world: "World", values: NDArray[Any], how: str) -> NDArray[Any]:
     import torch.distributed as dist
 
     tensor: torch.Tensor = torch.from_numpy(np.array(values))
-    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+    with together():
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
     return tensor.numpy()
 
 

@@ -64,7 +64,7 @@ def meet(master: str, *, rank: int, num_ranks: int, timeout_s: float) -> "Store"
         here = [one for one in range(num_ranks) if store.check([f"rank {one}"])]
         absent = sorted(set(range(num_ranks)).difference(here))
         # The lowest of those who wait speaks for all.
-        return f"{_ranks(absent)} of {num_ranks} to come to {master}" if absent and here[0] == rank else ""
+        return f"{ranks_named(absent)} of {num_ranks} to come to {master}" if absent and here[0] == rank else ""
 
     try:
         told.wait(all_there, waits_for)
@@ -180,7 +180,7 @@ def _first_line(error: BaseException) -> str:
     return printable(str(error).strip().partition("\n")[0])
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def ranks_named(ranks: Iterable[int]) -> str:
     """[3] -> "rank 3", [0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -13,6 +13,7 @@ from dp4tl_dist.errors import UserError
 from dp4tl_dist.machine import num_cores
 from dp4tl_dist.nodes import expand_nodes, interface_towards, num_tasks, peer_node, slurm_port
 from dp4tl_dist.rendezvous import LOOPBACK, meet, stay_on_loopback
+from dp4tl_dist.waiting import Watch
 
 __all__ = [
     "World", "all_max", "all_sum", "alone", "barrier", "detect", "expand_nodes", "gather_rows", "joined", "leave",
@@ -145,15 +146,17 @@ def joined(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[World]
         interface = interface_towards(peer_node(os.environ))
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store = meet(world.master, rank=world.rank, num_ranks=world.num_ranks, timeout_s=timeout_s)
     dist.init_process_group(
         "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
-        store=meet(world.master, rank=world.rank, num_ranks=world.num_ranks, timeout_s=timeout_s),
+        store=store,
         rank=world.rank,
         world_size=world.num_ranks,
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=None if world.device == "cpu" else torch.device(world.device),
     )
-    yield world
+    with Watch(store, rank=world.rank, num_ranks=world.num_ranks, timeout_s=timeout_s):
+        yield world
     leave()  # a rank that fails leaves in `cli.main`, once its error is told: when it leaves, the others fail as well
 
 

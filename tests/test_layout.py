@@ -19,7 +19,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 LEVELS = (
     ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
     ("files", "artifact", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
-    ("collectives", "rendezvous", "world"),
+    ("collectives", "rendezvous", "waiting", "world"),
     ("log", "exact", "models", "recipes", "influence_config", "train.checkpoint"),
     ("data",),
     ("prune",),

@@ -25,6 +25,7 @@ from dp4tl_dist.train.job import Job
 from dp4tl_dist.train.owner import Owner
 from dp4tl_dist.train.saver import Saver
 from dp4tl_dist.train.signals import Agreement, StopFlag
+from dp4tl_dist.waiting import together
 from dp4tl_dist.world import World, all_max, all_sum
 
 EPOCH_LINE_EVERY_S = 3.0
@@ -109,7 +110,8 @@ class Fit:
                 waited += time.monotonic() - asked
                 lr = learning_rate(job.optim, job.plan.position(at.step))
                 size = job.plan.seen(at.step + 1) - job.plan.seen(at.step)
-                at.since_log.append(self.engine.step(batch, lr=lr, size=size))
+                with together():
+                    at.since_log.append(self.engine.step(batch, lr=lr, size=size))
                 if self.skips:
                     at.bad_samples += (batch.labels == IGNORED).sum()
                 at.step += 1

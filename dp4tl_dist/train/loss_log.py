@@ -21,6 +21,7 @@ from dp4tl_dist.data.loader import IGNORED, Batch
 from dp4tl_dist.data.losses import NAME, SampleLosses, save_losses
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.prune.votes import from_units, to_units
+from dp4tl_dist.waiting import together
 from dp4tl_dist.world import World, all_sum
 
 WORKING = "sample_losses.rows"
@@ -72,7 +73,8 @@ class LossLog:
         parts = [mine]
         if world.num_ranks > 1:
             parts = [torch.empty_like(mine) for _ in range(world.num_ranks)]
-            dist.all_gather(parts, mine)  # ranks have even parts of every step
+            with together():
+                dist.all_gather(parts, mine)  # ranks have even parts of every step
         if not world.is_main:
             return
         identifiers, losses, correct = torch.cat(parts, dim=1).numpy()

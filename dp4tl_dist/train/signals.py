@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dp4tl_dist.waiting import together
 from dp4tl_dist.world import World
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -72,7 +73,8 @@ class Agreement:
     def settle(self) -> tuple[bool, bool]:
         """The answer that is still on its way, if any; needed at an epoch's end and before leaving."""
         if self._work is not None:
-            self._work.wait()
+            with together():
+                self._work.wait()
             self._work = None
         stop, save = (bool(flag) for flag in self._flags.tolist())
         self._flags = torch.zeros(2, dtype=torch.int64)

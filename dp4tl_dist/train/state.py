@@ -15,6 +15,7 @@ from dp4tl_dist.log import warn
 from dp4tl_dist.machine import hardware
 from dp4tl_dist.train import checkpoint
 from dp4tl_dist.train.buffers import averaged_buffers
+from dp4tl_dist.waiting import together
 from dp4tl_dist.world import alone, lost_others
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     everyone: list[Any] = [own]
     if world.num_ranks > 1:
         everyone = [None] * world.num_ranks
-        dist.all_gather_object(everyone, own)
+        with together():
+            dist.all_gather_object(everyone, own)
     folder, step = checkpoint.checkpoint_path(job.out, fit.at.step), fit.at.step
 
     def write(content: dict[str, Any]) -> None:
@@ -64,7 +66,8 @@ def save(fit: "Fit", *, must_succeed: bool) -> dict[str, Any]:
     if must_succeed:
         failure = [alone(world, f"which saves {folder}", fit.saver.wait)]
         if world.num_ranks > 1:
-            dist.broadcast_object_list(failure)
+            with together():
+                dist.broadcast_object_list(failure)
         if failure[0]:
             again = "make room and run the same command again, it goes on from the last one saved"
             raise UserError(f"{failure[0]}: {again}")
@@ -89,7 +92,8 @@ def resume(fit: "Fit") -> dict[str, Any] | None:
     # Rank 0 looks and the others follow, so that a slow shared file system cannot split them.
     found: list[Any] = [alone(world, f"which reads {job.out}", lambda: checkpoint.newest(job.out))]
     if world.num_ranks > 1:
-        dist.broadcast_object_list(found)
+        with together():
+            dist.broadcast_object_list(found)
     folder = found[0]
     if folder is None:
         return None

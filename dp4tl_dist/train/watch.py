@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dp4tl_dist.data.loader import Batch
+from dp4tl_dist.waiting import together
 from dp4tl_dist.world import all_max, all_sum, on_main
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def log_order(fit: "Fit", batch: Batch) -> None:
     parts = [mine]
     if fit.world.num_ranks > 1:  # as objects: ranks may have a sample more or less
         parts = [[]] * fit.world.num_ranks
-        dist.all_gather_object(parts, mine)
+        with together():
+            dist.all_gather_object(parts, mine)
     if fit.metrics:
         fit.owner.check()
         fit.metrics.order.add({"step": fit.at.step, "identifiers": list(chain.from_iterable(parts))})
