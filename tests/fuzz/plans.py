@@ -1,7 +1,7 @@
 """Wild configs of whole runs: `python tests/fuzz/plans.py --configs 2000 --out FILE.json` makes the recorded run.
 
 What the plan accepts must not end with exit code 2: every accepted config is carried out here, each stage up to its
-first step; of the accepted ones, the first `--whole N` are also run in full through the command line. A config is a
+first step; of the accepted ones, the first `--whole N` of few stages are also run in full through the command line. A config is a
 function of its number: `--first NUMBER --configs 1` draws one again.
 """
 
@@ -26,6 +26,10 @@ from dp4tl_dist.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
 from dp4tl_dist.plan import check_plan  # noqa: E402
 from dp4tl_dist.run_config import RunConfig  # noqa: E402
 from dp4tl_dist.stages import Graph  # noqa: E402
+
+
+MOST_STAGES = 10
+"""Of what is run in full: each stage is a process, or several, and takes seconds to start."""
 
 
 def main() -> int:
@@ -60,14 +64,15 @@ def one(number: int, place: Path, out: Path, *, whole: bool) -> tuple[list[str],
     content = Draw(number, place).config()
     try:
         config = validate(RunConfig, content, source="config")
-        check_plan(Graph(config, out), ranks=lambda stage: config.nproc if stage.distributed else 1)
+        graph = Graph(config, out)
+        check_plan(graph, ranks=lambda stage: config.nproc if stage.distributed else 1)
     except UserError as error:
         return (["refused"] if told(error) and not out.exists() else ["refused", "fault"]), str(error)
     try:
         first_steps(config, out)
     except Exception as error:
         return ["accepted", "fault"], f"{type(error).__name__}: {error}"
-    if not whole:
+    if not whole or len(graph.stages) > MOST_STAGES:
         return ["accepted"], ""
     file, run = out.with_suffix(".json"), out.with_name(f"{out.name}-whole")
     file.write_text(json.dumps(content))
