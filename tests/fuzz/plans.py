@@ -1,8 +1,8 @@
 """Wild configs of whole runs: `python tests/fuzz/plans.py --configs 2000 --out FILE.json` makes the recorded run.
 
 What the plan accepts must not end with exit code 2: every accepted config is carried out here, each stage up to its
-first step; of the accepted ones, the first `--whole N` of few stages are also run in full through the command line. A config is a
-function of its number: `--first NUMBER --configs 1` draws one again.
+first step; of the accepted ones, the first `--whole N` of few stages are also run in full through the command line. A
+config is a function of its number: `--first NUMBER --configs 1` draws one again.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from dp4tl_dist.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
 from dp4tl_dist.plan import check_plan  # noqa: E402
 from dp4tl_dist.run_config import RunConfig  # noqa: E402
 from dp4tl_dist.stages import Graph  # noqa: E402
-
 
 MOST_STAGES = 10
 """Of what is run in full: each stage is a process, or several, and takes seconds to start."""
