@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dp4tl_dist.errors import UserError
@@ -42,18 +42,43 @@ def atomic_file(path: Path) -> Iterator[Path]:
     What earlier writers of `path` left is removed first. UserError where it cannot be written, or what is there is no
     file.
     """
-    check_replaceable(path)
+    with atomic_files([path]) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Like `atomic_file` for files that belong together: all are written before the first takes its place.
+
+    Whenever the process ends, no old one lies beside a new one: the first is the old or the new one, and the others are
+    absent until it is the new one.
+    """
+    for path in paths:
+        check_replaceable(path)
     try:
-        with _held(path, folder=False) as temporary:
-            yield temporary
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-            fsync_folder(path.parent)
+        with contextlib.ExitStack() as held:
+            temporaries = [held.enter_context(_held(path, folder=False)) for path in paths]
+            yield temporaries
+            for temporary in temporaries:
+                with open(temporary, "rb") as handle:
+                    os.fsync(handle.fileno())
+            _take_places(paths, temporaries)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise UserError(f"cannot write {path} ({error.strerror}): free some space or choose another place") from error
+        raise UserError(
+            f"cannot write {paths[0]} ({error.strerror}): free some space or choose another place"
+        ) from error
+
+
+def _take_places(paths: Sequence[Path], temporaries: Sequence[Path]) -> None:
+    """The steps are made durable in their order, for a machine that stops may keep a later rename and lose an older."""
+    for path in paths[1:]:
+        path.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+    for path, temporary in zip(paths, temporaries, strict=True):
+        temporary.replace(path)
+        fsync_folder(path.parent)
 
 
 @contextlib.contextmanager

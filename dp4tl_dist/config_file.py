@@ -48,12 +48,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config` names: a path, or the name of a preset that ships with the package."""
-    path = Path(name)
-    if path.is_file() or path.suffix or len(path.parts) != 1:
+    """The file that `--config` names: a path, or the name of a preset that ships with the package. What is there and is
+    no file counts as named as well, for `read_toml` to tell; a folder only where no preset is called like it."""
+    path, preset = Path(name), PRESETS / f"{name}.toml"
+    if path.suffix or len(path.parts) != 1 or (path.exists() and not path.is_dir()):
         return path
-    preset = PRESETS / f"{name}.toml"
     if not preset.exists():
+        if path.is_dir():
+            return path
         known = ", ".join(sorted(item.stem for item in PRESETS.glob("*.toml")))
         raise UserError(f"no config file and no preset is called {name!r}: pass a .toml file or one of {known}")
     return preset

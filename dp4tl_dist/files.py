@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dp4tl_dist.artifact import check_fingerprint as check_fingerprint
 from dp4tl_dist.artifact import make_meta as make_meta
 from dp4tl_dist.artifact import unfinished_in as unfinished_in
-from dp4tl_dist.atomic import atomic_file, check_writable, sweep
+from dp4tl_dist.atomic import atomic_file, atomic_files, check_writable, sweep
 from dp4tl_dist.errors import InUseError, UserError
 from dp4tl_dist.inputs import check_plain, check_replaceable, open_plain, read_text
 from dp4tl_dist.nodes import life
@@ -158,8 +158,15 @@ def digest_file(path: Path) -> str:
 
 def save_npz(path: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
     """Write arrays and meta as one npz, atomically. The same content gives the same bytes."""
-    with atomic_file(path) as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, meta=np.array(json.dumps(meta, sort_keys=True)), **arrays)  # type: ignore[arg-type]
+    save_npzs({path: (arrays, meta)})
+
+
+def save_npzs(contents: Mapping[Path, tuple[Mapping[str, NDArray[Any]], Mapping[str, Any]]]) -> None:
+    """Like `save_npz` for files that belong together; see `atomic_files`."""
+    with atomic_files(list(contents)) as temporaries:
+        for temporary, (arrays, meta) in zip(temporaries, contents.values(), strict=True):
+            with open(temporary, "wb") as handle:
+                np.savez(handle, meta=np.array(json.dumps(meta, sort_keys=True)), **arrays)  # type: ignore[arg-type]
 
 
 def load_npz(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp4tl_dist.cli import main
-from dp4tl_dist.config_file import apply_overrides, read_toml
+from dp4tl_dist.config_file import apply_overrides, find_config, read_toml
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.inputs import MAX_PARTS, parse_toml, read_text, tomllib
 from dp4tl_dist.models import build_model
@@ -116,6 +116,31 @@ def test_only_plain_files_are_read(
     (line,) = capsys.readouterr().err.splitlines()
     assert str(odd) in line or str(odd.parent) in line
     assert list(place.glob("out*")) == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.usefixtures("_no_hang")
+@pytest.mark.parametrize("make", [fifo, device, at_a_socket, folder])
+@pytest.mark.parametrize("verb", ["train", "run", "sweep", "influence"])
+def test_a_config_in_the_folder_itself_that_is_no_file_is_no_unknown_preset(
+    verb: str,
+    make: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "mine")
+    assert main([verb, "--config", "mine", "--out", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mine is a" in line and "and a file is needed here: check --config" in line
+    assert not Path("out").exists()
+
+
+def test_a_folder_does_not_stand_in_a_presets_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert find_config("demo").is_file()
 
 
 # ---------------------------------------------------------------- texts

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton import Beton, BetonWriter, open_beton
 from dp4tl_dist.data.order import epoch_order
-from dp4tl_dist.data.rows import DIFFERS, beside, describe_sample, load_rows, read_names, warn_unchecked
+from dp4tl_dist.data.rows import DIFFERS, check_beton_output, describe_sample, load_rows, read_names, warn_unchecked
 from dp4tl_dist.data.subset import load_subset
 from dp4tl_dist.data.write import WRITE_EPOCH
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import check_output, digest_file, make_meta
+from dp4tl_dist.files import digest_file, make_meta
 
 RUN_BYTES = 64 << 20
 
@@ -28,7 +28,7 @@ def compact(source: Path, subset: Path, out: Path, *, seed: int = 0, force: bool
     chosen = load_subset(subset, beton=beton)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} is not possible: use 0 to 2**63 - 1")
-    check_output(out, force=force, inputs=[source, subset], also=beside(out))
+    check_beton_output(out, force=force, inputs=[source, subset])
     order = epoch_order(chosen.indices, seed=seed, epoch=WRITE_EPOCH)
     inputs = {"source": beton.fingerprint, "subset": digest_file(subset)}
     rows, names = load_rows(beton), read_names(beton)

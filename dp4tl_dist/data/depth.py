@@ -13,7 +13,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Grey of more than 8 bits is scaled to them. 16 bits count by their depth. In 32 bits nothing says what white is, so
     the largest value does: 255 where none is above it, else 65,535, else all that the bits hold; for floating-point
-    numbers 1, else 255. Raises ValueError for floating-point pixels outside 0 to 255.
+    numbers 1, else 255. Raises ValueError for floating-point pixels outside 0 to 255, and for integers below 0.
     """
     if image.mode == "F":
         image = _from_floats(image)
@@ -35,8 +35,10 @@ def _from_integers(image: Image.Image) -> Image.Image:
     whole_range = 2**31 - 1
     if bits == 32 and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
         values, whole_range = values.view(np.uint32), 2**32 - 1
-    grey = np.maximum(values.astype(np.int64), 0)
-    white, high = 65_535, int(grey.max(initial=0))
+    grey = values.astype(np.int64)
+    white, low, high = 65_535, int(grey.min(initial=0)), int(grey.max(initial=0))
+    if low < 0:
+        raise ValueError(f"integer pixels from {low} to {grey.max()}: nothing says what black is, 0 would")
     if bits == 12 and image.mode != "I":
         white = 4_095
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two come from 16 bits

@@ -2,9 +2,8 @@
 
 import argparse
 
-from dp4tl_dist.data.rows import beside
+from dp4tl_dist.data.rows import check_beton_output
 from dp4tl_dist.data.write import Progress, WriteOptions, WriteReport, read_folder, write_images, write_samples
-from dp4tl_dist.files import check_output
 
 
 def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
@@ -14,7 +13,7 @@ def write_origin(args: argparse.Namespace, progress: Progress) -> WriteReport:
     )
     # What is called like a beton is no image.
     inputs = [] if args.out.suffix == ".beton" else [args.images]
-    check_output(args.out, force=args.force, inputs=inputs, also=beside(args.out))
+    check_beton_output(args.out, force=args.force, inputs=inputs)
     root = None
     if args.images is not None:
         found = read_folder(args.images)

@@ -11,7 +11,7 @@ do without.
 import functools
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dp4tl_dist.data.beton_format import sidecar
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import load_npz, require_array, save_npz
+from dp4tl_dist.files import check_output, load_npz, read_json, require_array, save_npz
 from dp4tl_dist.log import warn
 from dp4tl_dist.revisions import FORMATS
 
@@ -40,6 +40,29 @@ def rows_path(path: Path) -> Path:
 def beside(path: Path) -> tuple[Path, Path]:
     """The files that belong to a beton: its sidecar and its rows."""
     return sidecar(path), rows_path(path)
+
+
+def check_beton_output(path: Path, *, force: bool, inputs: Iterable[Path | str | None] = ()) -> None:
+    """`check_output` for a beton and the files beside it. Those that a killed writer left, which places the beton last,
+    are no one's; others are refused unless `force`."""
+    check_output(path, force=force, inputs=inputs, also=beside(path))
+    for item in beside(path):
+        if not force and item.exists() and not _was_written(item):
+            raise UserError(
+                f"{item} exists, belongs to no beton, and would be replaced with {path}: choose another --out or add "
+                "--force to replace it"
+            )
+
+
+def _was_written(path: Path) -> bool:
+    """Whether a sidecar or a rows file is one that a beton's writer made."""
+    try:
+        if path.suffix == ".rows":
+            return bool(load_npz(path, KIND, only=())[1])
+        content = read_json(path)
+    except UserError:
+        return False
+    return isinstance(content, dict) and content.keys() == {"classes", "meta", "fingerprint"}
 
 
 def checksum(payload: bytes | memoryview, *, label: int, identifier: int) -> int:

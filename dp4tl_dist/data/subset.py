@@ -1,5 +1,6 @@
 """The subset file: which samples of one beton a pruned run keeps, and why."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from dp4tl_dist.data.beton import Beton
 from dp4tl_dist.data.order import check_indices
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import check_fingerprint, load_npz, require_array, save_npz
+from dp4tl_dist.files import check_fingerprint, load_npz, require_array, save_npzs
 
 KIND = "subset"
 
@@ -29,8 +30,16 @@ class Subset:
 
 def save_subset(path: Path, subset: Subset) -> None:
     """Write `subset` atomically. Its meta must name the source's fingerprint: meta["inputs"]["source"]."""
-    meta = {**subset.meta, "kind": KIND, "method": subset.method, "ratio": subset.ratio}
-    save_npz(path, {"indices": subset.indices, "groups": subset.groups}, meta)
+    save_subsets({path: subset})
+
+
+def save_subsets(subsets: Mapping[Path, Subset]) -> None:
+    """Like `save_subset` for subsets that belong together: an old one never lies beside a new one (`atomic_files`)."""
+    contents = {}
+    for path, subset in subsets.items():
+        meta = {**subset.meta, "kind": KIND, "method": subset.method, "ratio": subset.ratio}
+        contents[path] = ({"indices": subset.indices, "groups": subset.groups}, meta)
+    save_npzs(contents)
 
 
 def load_subset(path: Path, *, beton: Beton | None) -> Subset:

@@ -23,8 +23,9 @@ from dp4tl_dist.data.beton import BetonWriter
 from dp4tl_dist.data.encode import Encoded, Sample, Source, encode_samples, prepare_worker
 from dp4tl_dist.data.folder import ImageFolder, check_broken, check_skipped, folder_samples, read_folder
 from dp4tl_dist.data.order import epoch_order
+from dp4tl_dist.data.rows import check_beton_output
 from dp4tl_dist.errors import UserError
-from dp4tl_dist.files import check_output, make_meta
+from dp4tl_dist.files import make_meta
 from dp4tl_dist.machine import num_cores
 
 __all__ = ["ImageFolder", "Sample", "WriteReport", "folder_samples", "read_folder", "write_folder", "write_samples"]
@@ -126,7 +127,7 @@ def write_samples(
     start = time.monotonic()
     if not samples:
         raise UserError(f"{origin or out}: there are no images to write")
-    check_output(out, force=options.force)
+    check_beton_output(out, force=options.force)
     order = written_order(len(samples), options.seed)
     skipped = list(broken)
     with BetonWriter(out, capacity=len(samples)) as writer:

@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 
 from dp4tl_dist.data.beton import Beton, open_beton
-from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subset
+from dp4tl_dist.data.subset import Subset, samples_of_groups, save_subsets
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import check_output, make_meta
+from dp4tl_dist.log import warn
 from dp4tl_dist.prune.choice import NO_GROUPS, Amount, Choice, check_choice, choose, parse_within
 from dp4tl_dist.prune.vote import vote
 
@@ -102,9 +103,9 @@ def prune(
     chosen = _not_empty(replace(subset, meta=meta), source)
     val = None if apply_to is None else _open_val(apply_to, beton)
     chosen_val = None if val is None else _not_empty(_apply(chosen, val), val.path)
-    if chosen_val is not None:
-        save_subset(out_val, chosen_val)
-    save_subset(out, chosen)
+    save_subsets({out: chosen} if chosen_val is None else {out: chosen, out_val: chosen_val})
+    if chosen_val is None and out_val.exists():
+        warn(f"{out_val} is of an earlier subset than {out}: remove it, or add --apply-to to make it anew")
     return PruneSummary(
         chosen.method, len(chosen.indices), beton.num_samples, len(chosen.groups) or None,
         meta["num_groups"], meta["groups_are"],

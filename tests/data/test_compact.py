@@ -84,6 +84,10 @@ def test_wrong_inputs_leave_nothing(tmp_path):
     with pytest.raises(UserError, match="is an input as well"):
         compact(other.path, tmp_path / "x.npz", other.path, force=True)
     assert open_beton(other.path).num_samples == 61
+    (tmp_path / "p.beton.rows").write_text("mine")
+    with pytest.raises(UserError, match=r"p\.beton\.rows exists, belongs to no beton"):
+        compact(other.path, tmp_path / "x.npz", tmp_path / "p.beton")
+    assert (tmp_path / "p.beton.rows").read_text() == "mine"
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):

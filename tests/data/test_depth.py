@@ -11,6 +11,8 @@ from PIL import Image
 
 from dp4tl_dist.data.depth import to_rgb
 from dp4tl_dist.data.encode import encode_samples
+from dp4tl_dist.data.write import write_folder
+from dp4tl_dist.errors import UserError
 
 
 def picture(height: int = 40, width: int = 60) -> Any:
@@ -99,6 +101,20 @@ def test_floating_point_pixels_without_a_range_are_refused(tmp_path: Path, value
     Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "x.tif")
     (result,) = encode_samples([tmp_path / "x.tif"], max_side=0, quality=90)
     assert isinstance(result, str) and "nothing says what white is" in result
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1000, 1000), (-1, 255), (-5, -1), (-(2**31), 2**31 - 1)])
+def test_integers_below_0_are_refused_as_floating_point_ones_are(tmp_path: Path, low: int, high: int) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.fromarray(ramp(255, "uint8")).save(tmp_path / "images" / "a" / "good.png")
+    path = tmp_path / "images" / "a" / "signed.tif"
+    Image.fromarray(np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.int32)).save(path)
+    (result,) = encode_samples([path], max_side=0, quality=90)
+    assert result == f"integer pixels from {low} to {high}: nothing says what black is, 0 would"
+    with pytest.raises(UserError, match=f"signed.tif.*integer pixels from {low} to"):
+        write_folder(tmp_path / "images", tmp_path / "x.beton")
+    report = write_folder(tmp_path / "images", tmp_path / "x.beton", skip_bad=True)
+    assert report.num_samples == 1 and report.skipped == [(str(path), result)]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dp4tl_dist.cli import main
 from dp4tl_dist.data.beton import open_beton, sidecar
+from dp4tl_dist.data.rows import beside, load_rows
 from dp4tl_dist.data.write import Sample, WriteOptions, folder_samples, write_folder, write_samples
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.files import save_npz
 
 
 def picture(height=40, width=60, shift=0):
@@ -225,6 +228,43 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path, folder):
     assert out.read_text() == "precious"
     write_folder(folder, out, force=True)
     assert open_beton(out).num_samples == 15
+
+
+FOREIGN = {"json": b'{"mine": 1}', "rows": b"x,y\n1,2\n"}
+
+
+@pytest.mark.parametrize("suffix", FOREIGN)
+@pytest.mark.parametrize("content", ["as named", "empty", "other kind", "folder"])
+def test_what_lies_in_the_place_of_a_betons_companion_is_kept_unless_forced(tmp_path, folder, suffix, content, capsys):
+    out = tmp_path / "x.beton"
+    path = tmp_path / f"x.beton.{suffix}"
+    if content == "folder":
+        path.mkdir()
+    elif content == "other kind":
+        save_npz(path, {"votes": np.arange(3)}, {"kind": "votes"})
+    else:
+        path.write_bytes(FOREIGN[suffix] if content == "as named" else b"")
+    before = path.is_dir() or path.read_bytes()
+    with pytest.raises(UserError, match=rf"x\.beton\.{suffix} (exists|is a folder)"):
+        write_folder(folder, out)
+    assert main(["write", "--images", str(folder), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [item for item in tmp_path.iterdir() if item.suffix != ""] == [path]
+    assert (path.is_dir() or path.read_bytes()) == before
+    if content != "folder":
+        write_folder(folder, out, force=True)
+        assert load_rows(open_beton(out)) is not None
+
+
+@pytest.mark.parametrize("left", [("rows",), ("json",), ("rows", "json")])
+def test_what_a_killed_write_left_is_replaced_by_the_next(tmp_path, folder, left):
+    """The beton comes last: until then its companions are there alone, of this write or of one with another seed."""
+    out = tmp_path / "x.beton"
+    write_folder(folder, out, seed=1)
+    for path in (out, *(item for item in beside(out) if item.suffix[1:] not in left)):
+        path.unlink()
+    write_folder(folder, out)
+    assert load_rows(open_beton(out)) is not None
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path, folder):
