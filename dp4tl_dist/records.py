@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dp4tl_dist import __version__
-from dp4tl_dist.data.beton import fingerprint as beton_fingerprint
-from dp4tl_dist.data.rows import rows_path
-from dp4tl_dist.data.walk import listing_digest
+from dp4tl_dist.contents import content_digest, newest_meta
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, read_json, write_json
 from dp4tl_dist.log import warn
@@ -206,39 +204,6 @@ def stage_key(graph: Graph, stage: Stage) -> str:
 
 def output_digest(stage: Stage) -> str:
     return " ".join(content_digest(path) for path in stage.outputs)
-
-
-def content_digest(path: Path) -> str:
-    """What identifies the content of an input or output; "absent" where there is nothing."""
-    if path.suffix == ".beton" and path.is_file():
-        try:
-            found, rows = beton_fingerprint(path), rows_path(path)
-            # The tables know the images by their sizes alone, the rows by their content.
-            return f"{found} {digest_file(rows)}" if rows.is_file() else found
-        except UserError:
-            return "damaged"
-    if path.is_file():
-        return digest_file(path)
-    if meta := checkpoint_meta(path) or newest_meta(path):
-        return hashlib.blake2b(json.dumps(meta.get("digests")).encode(), digest_size=16).hexdigest()
-    if path.is_dir():
-        return listing_digest(path)
-    return "absent"
-
-
-def checkpoint_meta(folder: Path) -> dict[str, Any]:
-    """The meta of a checkpoint's folder, {} for any other. Reads JSON alone, no weights."""
-    if not (folder / "weights.safetensors").is_file() or not (folder / "meta.json").is_file():
-        return {}
-    found = read_json(folder / "meta.json")
-    return found if isinstance(found, dict) else {}
-
-
-def newest_meta(run_folder: Path) -> dict[str, Any]:
-    """The meta of a training run's newest checkpoint, {} where there is none. Reads JSON alone, no weights."""
-    metas = sorted((run_folder / "checkpoints").glob("step_*/meta.json"))
-    found = read_json(metas[-1]) if metas else {}
-    return found if isinstance(found, dict) else {}
 
 
 def record_path(graph: Graph, stage: Stage) -> Path:

@@ -12,8 +12,7 @@ from PIL import Image
 from test_stages import Content, config_of
 
 from dp4tl_dist import pipeline, records, revisions
-from dp4tl_dist.data.beton import open_beton
-from dp4tl_dist.data.rows import read_rows, save_rows
+from dp4tl_dist.contents import content_digest
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import digest_file, save_npz, write_json
 from dp4tl_dist.jobs import needs
@@ -209,12 +208,6 @@ def test_a_changed_input_is_noticed(place: Path) -> None:
     assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "train.beton", per_class=3)
     assert {name.split("-")[0] for name in made()} == {"vote", "transfer"}
-    rows = read_rows(open_beton(place / "test.beton"))
-    assert rows is not None
-    save_rows(
-        place / "test.beton", (rows.crc ^ 1).tolist(), [""] * len(rows.crc), fingerprint=rows.fingerprint
-    )  # other images
-    assert {name.split("-")[0] for name in made()} == {"transfer"}
     make_beton(place / "source.beton", per_class=3)
     assert {"surrogate", "prune", "compact", "pretrain"} <= {name.split("-")[0] for name in made()}
 
@@ -224,11 +217,11 @@ def test_a_changed_image_folder_is_noticed(place: Path) -> None:
     images.mkdir(parents=True)
     (images / "1.png").write_bytes(b"1")
     stage = Graph(small(source={"train": "images/"}), Path("out")).stages["write-source-train"]
-    digests = [records.content_digest(place / "images")]
+    digests = [content_digest(place / "images")]
     (images / "1.png").write_bytes(b"12")
-    digests.append(records.content_digest(place / "images"))
+    digests.append(content_digest(place / "images"))
     (images / "2.png").touch()
-    digests.append(records.content_digest(place / "images"))
+    digests.append(content_digest(place / "images"))
     assert len(set(digests)) == 3 and stage.inputs == (Path("images"),)
 
 
@@ -242,12 +235,12 @@ def test_a_dry_run_refuses_what_write_will(place: Path, skip_bad: bool, capsys: 
     config = small(source={"train": "images"}, write={"skip_bad": skip_bad})
     pipeline.run(config, out=Path("out"), dry_run=True)
     (place / "images" / "a" / "gone.png").symlink_to("nowhere")
-    before = records.content_digest(place / "images")
+    before = content_digest(place / "images")
     outcome = nullcontext() if skip_bad else pytest.raises(UserError, match=r"gone.png \(a broken link\)")
     with outcome:
         pipeline.run(config, out=Path("out"), dry_run=True)
     Image.new("RGB", (8, 8)).save(place / "images" / "a" / "nowhere", "PNG")
-    assert records.content_digest(place / "images") != before
+    assert content_digest(place / "images") != before
     pipeline.run(config, out=Path("out"), dry_run=True)
     (place / "images" / "c").symlink_to("nowhere")
     with pytest.raises(UserError, match="c is a broken link"):

@@ -17,6 +17,7 @@ from fuzz_formats import CANARY, mutate_npz
 from fuzz_mutate import TEXTS, mutate_bytes, mutate_json, mutate_lines, scalar
 
 from dp4tl_dist.config import PRESETS, TrainConfig, apply_overrides, load_config, read_toml, validate
+from dp4tl_dist.contents import newest_meta
 from dp4tl_dist.data.subset import Subset, load_subset, save_subset
 from dp4tl_dist.files import make_meta
 from dp4tl_dist.info import describe, render
@@ -24,7 +25,7 @@ from dp4tl_dist.log import Metrics, read_jsonl, truncate_jsonl
 from dp4tl_dist.prune.select import combine, rank_groups, read_list
 from dp4tl_dist.prune.votes_file import Members, Votes, load_votes, save_votes
 from dp4tl_dist.recipes import TransferConfig, recipe
-from dp4tl_dist.records import newest_meta, read_record
+from dp4tl_dist.records import read_record
 from dp4tl_dist.run_config import RunConfig
 
 Files = dict[str, bytes]
