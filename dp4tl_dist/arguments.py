@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dp4tl_dist.errors import UserError
+from dp4tl_dist.limits import MAX_SIDE, MAX_WORKERS, MOST
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +17,27 @@ class Parser(argparse.ArgumentParser):
 
 
 Verbs = Any
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A type of argparse: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        found = int(text)  # ValueError: argparse tells of it
+        if found < least or found > most:
+            bound = f"less than {least}" if found < least else f"more than {most}"
+            raise argparse.ArgumentTypeError(f"{text} is {bound}")
+        return found
+
+    parse.__name__ = "int"  # what argparse calls it where it is no number
+    return parse
+
+
+# Of small and negative numbers a verb has more to say.
+number = whole(-MOST, MOST)
+side = whole(-MOST, MAX_SIDE)
+workers = whole(0, MAX_WORKERS)
+seed = whole(0, 2**63 - 1)
 
 
 def add_verb(verbs: Verbs, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:

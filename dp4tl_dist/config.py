@@ -12,21 +12,24 @@ from dp4tl_dist.config_file import (
     NotNegative,
     Part,
     Positive,
+    Seed,
     Share,
     Table,
+    Workers,
     apply_overrides,
     find_config,
     load_config,
     read_toml,
     validate,
 )
+from dp4tl_dist.limits import MAX_WAIT_S
 from dp4tl_dist.optim_config import OptimConfig
 
 __all__ = [
     "MAX_TOML_BYTES", "PRESETS", "AdversarialConfig", "CheckpointConfig", "Count", "DataConfig", "EngineConfig",
-    "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Part", "Positive", "Share",
-    "Table", "TaskConfig", "TrainConfig", "Training", "apply_overrides", "find_config", "load_config", "read_toml",
-    "validate",
+    "LogConfig", "MocoConfig", "Model", "ModelConfig", "NotNegative", "OptimConfig", "Part", "Positive", "Seed",
+    "Share", "Table", "TaskConfig", "TrainConfig", "Training", "Workers", "apply_overrides", "find_config",
+    "load_config", "read_toml", "validate",
 ]  # fmt: skip
 
 
@@ -43,7 +46,7 @@ class DataConfig(Table):
     """A subset file made for `val` (`dp4tl prune --apply-to`); empty for all samples."""
     steps_of: str = ""
     """A beton: train as many steps as `train.epochs` passes over all of it would take (sets `train.steps`)."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Workers = 0
     """Decoding threads a rank; 0 shares the machine's cores evenly among its ranks."""
     os_cache: bool = True
     """Map the file and let the kernel cache it. False reads each page explicitly (files larger than memory)."""
@@ -141,7 +144,7 @@ class EngineConfig(Table):
     compile: Literal["auto", "on", "off"] = "auto"
     """auto: torch.compile on CUDA only."""
     channels_last: bool = True
-    timeout_s: Positive = 600.0
+    timeout_s: Annotated[float, Field(gt=0, le=MAX_WAIT_S, allow_inf_nan=False)] = 600.0
     """Seconds after which ranks that wait for a silent peer give up."""
 
     @model_validator(mode="after")
@@ -179,7 +182,7 @@ class CheckpointConfig(Table):
 class TrainConfig(Table):
     """One training run: surrogate and source model alike."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()

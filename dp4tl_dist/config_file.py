@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.inputs import MAX_PARTS, parse_toml, read_text
+from dp4tl_dist.limits import MAX_RANKS, MAX_SIDE, MAX_WORKERS, MOST
 
 MAX_TOML_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
@@ -16,9 +17,15 @@ SIDES = ("start_resolution", "val_resolution")
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+SideOrNone = Annotated[int, Field(ge=0, le=MAX_SIDE)]
+Workers = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_RANKS)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 
 
 class Table(BaseModel):

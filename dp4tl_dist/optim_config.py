@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dp4tl_dist.config_file import Count, NotNegative, Positive, Share, Table
+from dp4tl_dist.config_file import Count, CountOrNone, NotNegative, Share, Side, SideOrNone, Table
+from dp4tl_dist.limits import MAX_DECAY, MAX_RATE
 from dp4tl_dist.sides import FIXED_RESOLUTION, start_side, takes_one_side, val_side
 
 
@@ -13,14 +14,14 @@ class OptimConfig(Table):
 
     epochs: Count = 16
     """Passes over the samples; with `steps`, the unit that schedule and ramp count in."""
-    steps: Annotated[int, Field(ge=0)] = 0
+    steps: CountOrNone = 0
     """Optimizer steps in all, however many passes they make; schedule and ramp stretch to fit. 0: `epochs` decide."""
     batch_size: Count = 1024
     """The *global* batch: the sum over all ranks."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.5
+    lr: Annotated[float, Field(gt=0, le=MAX_RATE, allow_inf_nan=False)] = 0.5
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NotNegative = 5e-5
+    weight_decay: Annotated[float, Field(ge=0, le=MAX_DECAY, allow_inf_nan=False)] = 5e-5
     schedule: Literal["triangular", "cosine", "constant"] = "triangular"
     peak_epoch: NotNegative = Field(default_factory=lambda data: min(2.0, data["epochs"] / 8))
     """Epochs of linear warm-up before the peak (triangular and cosine). Unset: an eighth of `epochs`, at most 2."""
@@ -29,14 +30,14 @@ class OptimConfig(Table):
     """Micro-batches that one optimizer step sums over. The global batch counts them all."""
     clip_norm: NotNegative = 0.0
     """Largest gradient norm; 0 does not clip."""
-    resolution: Count = 192
+    resolution: Side = 192
     """Side of the training crops in pixels, at the end of the ramp."""
     resolution_step: Count = 32
     """Resolutions within a ramp are multiples of this."""
     ramp: bool = False
     """Train on smaller crops first. The published ramp, which the next three keys change: from 5/6 of `resolution`
     (160 px for 192), between 11/16 and 13/16 of the epochs; the last one is at full size."""
-    start_resolution: Annotated[int, Field(ge=0)] = Field(
+    start_resolution: SideOrNone = Field(
         default_factory=lambda data: start_side(data["resolution"], data["resolution_step"]) if data["ramp"] else 0
     )
     """Side before the ramp; 0 means no ramp."""
@@ -44,7 +45,7 @@ class OptimConfig(Table):
     """Epoch at which the resolution starts to grow."""
     ramp_end: NotNegative = Field(default_factory=lambda data: _ramp_at(13 / 16, data))
     """Epoch from which the resolution is full."""
-    val_resolution: Count = Field(default_factory=lambda data: val_side(data["resolution"]))
+    val_resolution: Side = Field(default_factory=lambda data: val_side(data["resolution"]))
     """Side of the centre crop for validation and voting. Unset it follows from `resolution` (256 for 192, 32
     for 32; `dp4tl_dist.sides` has the rule)."""
     val_ratio: Share = 224 / 256

@@ -25,6 +25,7 @@ from dp4tl_dist.launcher import (
     error_slot,
     report_error,
 )
+from dp4tl_dist.limits import MAX_RANKS
 from dp4tl_dist.machine import num_cores
 from dp4tl_dist.rendezvous import LISTENING, LOOPBACK
 from dp4tl_dist.siblings import STARTED
@@ -143,7 +144,7 @@ def number_of_ranks(text: str) -> int:
         import torch
 
         return torch.cuda.device_count() or {"gpu": 1, "auto": num_cores(), "default": 2}[text]
-    if not text.isdecimal() or not 0 < int(text) <= 10_000:
+    if not text.isdecimal() or not 0 < int(text) <= MAX_RANKS:
         raise ValueError(text)
     return int(text)
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dp4tl_dist.config import Count, EngineConfig, LogConfig, OptimConfig, Part, Share, Table
+from dp4tl_dist.config import EngineConfig, LogConfig, OptimConfig, Part, Seed, Share, Table, Workers
+from dp4tl_dist.config_file import SideOrNone
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.sides import TrainedAt, misfit, transfer_side
 
@@ -24,10 +25,10 @@ CROPS = ("min_scale", "flip")
 class TransferOptim(OptimConfig):
     """As in training, but for the sides."""
 
-    resolution: Annotated[int, Field(ge=0)] = 0
+    resolution: SideOrNone = 0
     """Side of the training crops, and of what a linear probe sees, in pixels. 0: it follows from what the network was
     trained on, 224 for 192 as published (`dp4tl_dist.sides`)."""
-    val_resolution: Annotated[int, Field(ge=0)] = 0
+    val_resolution: SideOrNone = 0
     """Side of the centre crop that chooses the epoch and tests. 0: `resolution`."""
     val_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Side of the centre crop as a share of the image's shorter side. 0: as the network was validated."""
@@ -36,7 +37,7 @@ class TransferOptim(OptimConfig):
 class TransferConfig(Table):
     """One transfer run. Every value not given is the published recipe's of its mode."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     recipe: Literal["lp", "ff", "ff-sgd"] = "lp"
     val_share: Part = 0.1
     """Share of the target's training set that chooses the epoch, drawn class by class."""
@@ -50,7 +51,7 @@ class TransferConfig(Table):
     """Finetuning: smallest share of the image's area that a random resized crop takes."""
     flip: bool = True
     """Finetuning: mirror half of the training samples."""
-    num_workers: Count | Literal[0] = 0
+    num_workers: Workers = 0
     train: TransferOptim
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig(tensorboard=False)

@@ -17,14 +17,16 @@ from dp4tl_dist.config import (
     OptimConfig,
     Part,
     Positive,
+    Seed,
     Share,
     Table,
     TaskConfig,
     TrainConfig,
     Training,
+    Workers,
     load_config,
 )
-from dp4tl_dist.config_file import following
+from dp4tl_dist.config_file import CountOrNone, Ranks, following
 from dp4tl_dist.influence_config import SmallModels
 from dp4tl_dist.slurm_config import SlurmConfig
 
@@ -62,9 +64,9 @@ class TargetConfig(Table):
 class WriteConfig(Table):
     """How image folders become betons."""
 
-    max_side: Annotated[int, Field(ge=0)] = 400
+    max_side: CountOrNone = 400
     quality: Annotated[int, Field(ge=1, le=100)] = 90
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     skip_bad: bool = False
     reencode: bool = False
     """Encode the JPEGs anew that could be kept as they are."""
@@ -73,13 +75,13 @@ class WriteConfig(Table):
 class ClusterStage(Table):
     """The groups that fm arms vote for: clusters of the source, for sources without labels; else its classes."""
 
-    count: Annotated[int, Field(ge=0)] = 0
+    count: CountOrNone = 0
     """How many; 0 for classes."""
     init: Literal["kmeans++", "sample"] = "kmeans++"
     iterations: Count = 100
     tolerance: NotNegative = 1e-4
     store_precision: Literal["float32", "float16"] = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
 
 
 class StageTrain(Table):
@@ -93,7 +95,7 @@ class StageTrain(Table):
     min_scale: Share = 0.08
     flip: bool = True
     page_aware: bool = False
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Workers = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -143,9 +145,9 @@ class RunConfig(Table):
     arms: tuple[str, ...] = ("dense", "lm@0.5", "random@0.5")
     """"dense", or METHOD[+WITHIN[:SHARE]]@KEEP[+SURROGATE][+steps]; see `dp4tl_dist.arm_name`. random@auto keeps as
     many classes as the first other arm at auto."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Each arm is pretrained and transferred once for every seed. The surrogate takes the first."""
-    nproc: Count = 1
+    nproc: Ranks = 1
     """Ranks of each training, voting and transfer stage."""
     compact: bool = False
     """Copy each arm's samples into a file of its own, instead of reading the full one by index."""

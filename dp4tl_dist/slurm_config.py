@@ -2,11 +2,10 @@
 
 import fnmatch
 import re
-from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from dp4tl_dist.config_file import Count, Table
+from dp4tl_dist.config_file import Count, CountOrNone, Ranks, Table
 from dp4tl_dist.stage import Stage
 
 Extra = bool | int | str
@@ -20,10 +19,10 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seco
 class StageResources(Table):
     """What one job asks for. A key that is left out keeps the value of the table above."""
 
-    nodes: Count | None = None
-    tasks: Count | None = None
+    nodes: Ranks | None = None
+    tasks: Ranks | None = None
     """Ranks on each node. Left out: one for each GPU, or the run's `nproc` without GPUs."""
-    gpus: Annotated[int, Field(ge=0)] | None = None
+    gpus: CountOrNone | None = None
     """GPUs on each node."""
     cpus: Count | None = None
     """Cores for each rank."""
@@ -35,7 +34,7 @@ class StageResources(Table):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    max_restarts: Annotated[int, Field(ge=0)] | None = None
+    max_restarts: CountOrNone | None = None
     """How often a job goes back to the queue by itself: at its limit, when preempted, or after losing a rank."""
     stop_before_s: Count | None = None
     """Seconds before its limit at which a job saves and stops."""
@@ -67,10 +66,10 @@ class StageResources(Table):
 class SlurmConfig(StageResources):
     """For all stages, with overrides in `[slurm.stages.NAME]`."""
 
-    nodes: Count | None = 1
-    gpus: Annotated[int, Field(ge=0)] | None = 0
+    nodes: Ranks | None = 1
+    gpus: CountOrNone | None = 0
     time: str | None = "4:00:00"
-    max_restarts: Annotated[int, Field(ge=0)] | None = 20
+    max_restarts: CountOrNone | None = 20
     stop_before_s: Count | None = 120
     stages: dict[str, StageResources] = {}
     """By a stage's kind (write, surrogate, cluster, vote, score, prune, compact, pretrain, transfer, report), its name,

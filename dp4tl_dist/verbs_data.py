@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dp4tl_dist.arguments import Verbs, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_out, add_verb, number, seed, workers
 
 
 def write(verbs: Verbs) -> None:
@@ -22,11 +22,11 @@ def write(verbs: Verbs) -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of --torchvision (default: data)")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the dataset into --root")
     parser.add_argument(
-        "--max-side", type=int, default=400, help="shrink to this longest side; 0 keeps sizes (default: 400)"
+        "--max-side", type=number, default=400, help="shrink to this longest side; 0 keeps sizes (default: 400)"
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality (default: 90)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle at write time")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core")
+    parser.add_argument("--quality", type=number, default=90, help="JPEG quality (default: 90)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the shuffle at write time")
+    parser.add_argument("--workers", type=workers, default=0, help="processes; 0 is one for each core")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
     parser.add_argument("--reencode", action="store_true", help="encode the JPEGs anew that could be kept as they are")
     add_out(parser, "the .beton file to make")
@@ -87,7 +87,7 @@ def compact(verbs: Verbs) -> None:
     )
     parser.add_argument("--source", type=Path, required=True, help="the source beton")
     parser.add_argument("--subset", type=Path, required=True, help="the samples to copy")
-    parser.add_argument("--seed", type=int, default=0, help="of the new file's shuffle")
+    parser.add_argument("--seed", type=seed, default=0, help="of the new file's shuffle")
     add_out(parser, "the .beton file to make")
 
 

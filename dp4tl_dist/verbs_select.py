@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_out, add_verb, number, seed, side, workers
 
 
 def vote(verbs: Verbs) -> None:
@@ -21,11 +21,13 @@ def vote(verbs: Verbs) -> None:
 
 def add_view(parser: argparse.ArgumentParser) -> None:
     """How a surrogate looks at images, and on what."""
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=number, default=256)
     parser.add_argument(
-        "--resolution", type=int, help="side of the centre crop (default: the surrogate's validation side)"
+        "--resolution",
+        type=side,
+        help="side of the centre crop (default: the surrogate's validation side)",
     )
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads a rank; 0 shares the cores")
+    parser.add_argument("--workers", type=workers, default=0, help="decoding threads a rank; 0 shares the cores")
     add_allow_incomplete(parser, "--surrogate")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
@@ -52,13 +54,13 @@ def cluster(verbs: Verbs) -> None:
     parser = add_verb(verbs, "cluster", run_cluster, "Cluster the source by what a surrogate sees in it (k-means).")
     parser.add_argument("--surrogate", type=Path, required=True, help="a checkpoint folder or a run folder")
     parser.add_argument("--source", type=Path, required=True, help="the source beton")
-    parser.add_argument("--clusters", type=int, required=True, metavar="K", help="how many clusters to make")
+    parser.add_argument("--clusters", type=number, required=True, metavar="K", help="how many clusters to make")
     parser.add_argument(
         "--init", choices=("kmeans++", "sample"), default="kmeans++",
         help="the first centres: samples far from each other, or any (default: kmeans++)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the start")
-    parser.add_argument("--iterations", type=int, default=100, help="at most so many (default: 100)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the start")
+    parser.add_argument("--iterations", type=number, default=100, help="at most so many (default: 100)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="stop where inertia falls by less than this share (default: 1e-4)"
     )
@@ -153,7 +155,7 @@ def prune(verbs: Verbs) -> None:
     amount.add_argument(
         "--keep", type=share_or_auto, help="share of the classes (or samples) to keep, in (0, 1]; auto: see `advise`"
     )
-    amount.add_argument("--keep-classes", type=int, help="number of classes to keep")
+    amount.add_argument("--keep-classes", type=number, help="number of classes to keep")
     amount.add_argument("--coverage", type=float, help="the fewest classes that hold this share of the votes")
     amount.add_argument("--like", type=Path, metavar="X.npz", help="as many classes (or samples) as this subset keeps")
     parser.add_argument(
@@ -162,7 +164,7 @@ def prune(verbs: Verbs) -> None:
     )  # fmt: skip
     parser.add_argument("--weights", metavar="W,W,...", help="weight of each target's votes, in their order")
     parser.add_argument("--reverse", action="store_true", help="keep what the ranking puts last (a check)")
-    parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument("--seed", type=seed, default=0, help="of --random")
     parser.add_argument(
         "--apply-to", type=Path, metavar="VAL.beton", help="prune the validation set alike, into OUT.val.npz"
     )

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb, number
 
 
 def advise(verbs: Verbs) -> None:
@@ -107,7 +107,7 @@ def sweep(verbs: Verbs) -> None:
     parser = add_verb(verbs, "sweep", run_sweep, "Run every combination of methods, sizes, surrogates and more.")
     add_config(parser, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
-    parser.add_argument("--nproc", type=int, help="ranks of each training, voting and transfer stage")
+    parser.add_argument("--nproc", type=number, help="ranks of each training, voting and transfer stage")
     parser.add_argument("--dry-run", action="store_true", help="only list what would run")
     parser.add_argument("--tables", action="store_true", help="run nothing: write the tables of what is done")
 
@@ -135,7 +135,7 @@ def influence(verbs: Verbs) -> None:
         verbs, "influence", run_influence, "Find what each source class does for a target, by many small models."
     )
     add_config(parser, required=True)
-    parser.add_argument("--masks", type=int, help="how many models, each on a random half of the classes")
+    parser.add_argument("--masks", type=number, help="how many models, each on a random half of the classes")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="this is worker I (from 0) of N on one --out")
     add_out(parser, "the influences, an .npz file; the models' results are kept beside it, in OUT.run")
 

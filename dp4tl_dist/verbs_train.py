@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb
+from dp4tl_dist.arguments import Verbs, add_allow_incomplete, add_config, add_out, add_verb, number
 
 
 def train(verbs: Verbs) -> None:
@@ -78,7 +78,7 @@ def run(verbs: Verbs) -> None:
     parser = add_verb(verbs, "run", run_run, "Do all stages from one config; what is done and unchanged is skipped.")
     add_config(parser, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
-    parser.add_argument("--nproc", type=int, help="ranks of each training, voting and transfer stage")
+    parser.add_argument("--nproc", type=number, help="ranks of each training, voting and transfer stage")
     parser.add_argument("--dry-run", action="store_true", help="only list what would run")
 
 

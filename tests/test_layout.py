@@ -17,7 +17,7 @@ TOP_LEVEL = {PACKAGE, "launch", "slurm", "benchmarks", "tests", "docs", ".ci"}
 # An arrow points from a later level to an earlier one, or stays within its level. A folder's level is its modules', but
 # for those named here: checkpoints are files that hold a model, and pruning reads the surrogate's.
 LEVELS = (
-    ("errors", "inputs", "sides", "config_file", "optim_config", "config"),
+    ("errors", "limits", "inputs", "sides", "config_file", "optim_config", "config"),
     ("files", "artifact", "__init__", "machine", "siblings", "nodes", "streams", "version", "revisions", "atomic"),
     ("collectives", "rendezvous", "waiting", "world"),
     ("log", "exact", "models", "recipes", "influence_config", "train.checkpoint"),

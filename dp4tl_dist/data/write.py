@@ -26,6 +26,7 @@ from dp4tl_dist.data.order import epoch_order
 from dp4tl_dist.data.rows import check_beton_output
 from dp4tl_dist.errors import UserError
 from dp4tl_dist.files import make_meta
+from dp4tl_dist.limits import MAX_WORKERS, MOST
 from dp4tl_dist.machine import num_cores
 
 __all__ = ["ImageFolder", "Sample", "WriteReport", "folder_samples", "read_folder", "write_folder", "write_samples"]
@@ -66,12 +67,14 @@ class WriteOptions:
     """Encode the JPEGs anew that could be kept as they are."""
 
     def __post_init__(self) -> None:
-        if self.max_side < 0 or 0 < self.max_side < 8:
-            raise UserError(f"max_side {self.max_side} is not possible: use 8 or more pixels, or 0 for no limit")
+        if self.max_side < 0 or 0 < self.max_side < 8 or self.max_side > MOST:
+            raise UserError(f"max_side {self.max_side} is not possible: use 8 to {MOST} pixels, or 0 for no limit")
         if not 1 <= self.quality <= 100:
             raise UserError(f"quality {self.quality} is not possible: use 1 to 100")
-        if not 0 <= self.seed < 2**63 or self.num_workers < 0:
-            raise UserError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} is not possible: use 0 to {2**63 - 1}")
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise UserError(f"num_workers {self.num_workers} is not possible: use 0 to {MAX_WORKERS}")
 
 
 def write_folder(
