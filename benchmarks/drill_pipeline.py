@@ -5,13 +5,15 @@
 A round is one of: SIGKILL or SIGTERM for a process of the run's tree, or for all of them, at any moment; a full disk
 (where a small file system may be mounted); a finished output or a record damaged; an input edited. Nothing is lost when
 the run then ends with the table of its inputs, run again as often as it takes; when every finished output that the
-round did not damage is whole after it; and when files that the run does not know are as they were.
+round did not damage is whole after it; and when files that the run does not know are as they were. Where a record was
+removed, the run is to refuse its stage's output as another's, in one line: that is done what the line says, and counted.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -30,6 +32,8 @@ from drill import record
 from PIL import Image
 
 from dp4tl_dist.config import load_config
+from dp4tl_dist.errors import EXIT_BAD_INPUT
+from dp4tl_dist.outputs import places
 from dp4tl_dist.records import finished, output_digest, read_record
 from dp4tl_dist.run_config import RunConfig
 from dp4tl_dist.stages import Graph
@@ -56,7 +60,7 @@ def write_config(place: Path) -> Path:
         images(place / name, num_classes, count)
     table = {"model": {"arch": "resnet_tiny"}, "train": TRAIN, "min_scale": 0.5}
     config = {
-        "arms": ["dense", "lm@0.5"], "source": {"train": str(place / "source")}, "surrogate": table, "pretrain": table,
+        "arms": ["lm@0.5"], "source": {"train": str(place / "source")}, "surrogate": table, "pretrain": table,
         "targets": {"small": {"train": str(place / "train"), "test": str(place / "test")}},
         "transfer": {"cached": True, "lp": {**TRAIN, "batch_size": 4}}, "engine": {"device": "cpu"},
         "log": {"tensorboard": False},
@@ -76,6 +80,8 @@ class Drill:
         self.lost: list[str] = []
         self.faults: Counter[str] = Counter()
         self.refused: list[str] = []
+        self.moved, self.orphans = 0, set[Path]()
+        """How many outputs were moved away that had lost their record, and which those may be."""
 
     def run(self) -> None:
         began = time.monotonic()
@@ -110,13 +116,18 @@ class Drill:
 
     def complete(self, out: Path) -> Any:
         """Run to the end, as often as that takes, and return the table without its times."""
-        for _ in range(TRIES):
+        for _ in range(TRIES + len(self.orphans)):
             process = self.start(out)
             _, told = process.communicate(timeout=PATIENCE_S)
             if process.returncode == 0:
                 rows = json.loads((out / "results.json").read_text())
                 return [[row["arm"], row["samples"], row["accuracy"]] for row in rows]
-            self.refused.append(told.strip().splitlines()[-1] if told.strip() else "nothing was said")
+            last = told.strip().splitlines()[-1] if told.strip() else "nothing was said"
+            self.refused.append(last.replace(str(self.place), "PLACE"))
+            foreign = re.fullmatch(r"dp4tl: error: (?P<path>.*) was not made by this run .*", last)
+            if foreign and process.returncode == EXIT_BAD_INPUT and Path(foreign["path"]) in self.orphans:
+                self.moved += 1
+                Path(foreign["path"]).rename(self.place / f"moved{self.moved}")
         return f"no end after {TRIES} tries: {self.refused[-1]}"
 
     def disturb(self, fault: str) -> set[Path]:
@@ -162,6 +173,9 @@ class Drill:
         at = self.random.randrange(len(content))
         way = self.random.choice(["flip", "cut", "remove"])
         if way == "remove":
+            if path.parent.name == "stages":
+                graph = Graph(load_config(RunConfig, str(self.config)), self.out)
+                self.orphans |= set(places(graph.stages[path.stem]))
             path.unlink()
         else:
             content[at] ^= 0xFF
@@ -218,6 +232,7 @@ def main() -> int:
     if arguments.record:
         record(
             {"rounds": arguments.rounds, "lost": drill.lost, "faults": drill.faults, "ended_with": drill.refused,
+             "moved_away": drill.moved,
              "stray_processes": len(stray), "seconds": round(time.monotonic() - began, 1)},
             name="drill_pipeline", script=Path(__file__),
         )  # fmt: skip
