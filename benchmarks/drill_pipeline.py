@@ -6,7 +6,7 @@ A round is one of: SIGKILL or SIGTERM for a process of the run's tree, or for al
 (where a small file system may be mounted); a finished output or a record damaged; an input edited. Nothing is lost when
 the run then ends with the table of its inputs, run again as often as it takes; when every finished output that the
 round did not damage is whole after it; and when files that the run does not know are as they were. Where a record was
-removed, the run is to refuse its stage's output as another's, in one line: that is done what the line says, and counted.
+removed, the run is to refuse its stage's output as another's, in one line: what the line says is done, and counted.
 """
 
 import argparse
@@ -127,7 +127,7 @@ class Drill:
             foreign = re.fullmatch(r"dp4tl: error: (?P<path>.*) was not made by this run .*", last)
             if foreign and process.returncode == EXIT_BAD_INPUT and Path(foreign["path"]) in self.orphans:
                 self.moved += 1
-                Path(foreign["path"]).rename(self.place / f"moved{self.moved}")
+                shutil.move(foreign["path"], self.place / f"moved{self.moved}")
         return f"no end after {TRIES} tries: {self.refused[-1]}"
 
     def disturb(self, fault: str) -> set[Path]:
