@@ -11,7 +11,7 @@ import pytest
 
 from dp4tl_dist import rendezvous
 from dp4tl_dist.errors import LostRank
-from dp4tl_dist.rendezvous import _ranks, meet
+from dp4tl_dist.rendezvous import meet, ranks_named
 
 
 @pytest.fixture(autouse=True)
@@ -94,4 +94,4 @@ def test_the_descriptor_of_another_file_is_not_listened_on() -> None:
     ("ranks", "text"), [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([0, 2, 3, 4, 9], "ranks 0, 2-4, 9")]
 )
 def test_ranks_in_words(ranks: list[int], text: str) -> None:
-    assert _ranks(ranks) == text
+    assert ranks_named(ranks) == text
