@@ -7,17 +7,20 @@ config is a function of its number: `--first NUMBER --configs 1` draws one again
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "benchmarks")]
 
+import harness  # noqa: E402
 import torch  # noqa: E402
 from plan_runs import Draw, first_steps, make_place, told  # noqa: E402
 
@@ -50,11 +53,14 @@ def main() -> int:
                 faults.append({"number": number, "error": text})
                 print(f"{number}: {text}", flush=True)
             shutil.rmtree(root / str(number), ignore_errors=True)
+    about = {"name": "plans", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+             "command": shlex.join(["python", "tests/fuzz/plans.py", *sys.argv[1:]]), "machine": harness.machine(),
+             "versions": harness.versions(), "git": harness.git()}  # fmt: skip
     found = {"first": args.first, "configs": args.configs, **counts, "faults": faults,
              "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
     print(json.dumps({key: value for key, value in found.items() if key != "faults"}))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        args.out.write_text(json.dumps({**about, **found}, indent=2) + "\n")
     return int(bool(faults))
 
 
