@@ -98,11 +98,9 @@ def test_a_rank_that_fails_ends_all(folder: Path, kind: str, code: int, told: st
 def test_a_rank_that_hangs_is_ended_at_once_under_torchrun(folder: Path, kind: str, told: str) -> None:
     """torchrun itself would wait for half a minute after the timeout."""
     code, text, _ = torchrun_with_fault(argv(folder), Fault(kind))
-    begun = (folder / "run" / "config.json").stat().st_mtime  # once all is imported
-    took = time.time() - begun
     assert code != 0 and f"dp4tl: error: {told}" in text
     assert "Signal 9 (SIGKILL)" in text or "exitcode: -9" in text, text
-    assert took < TIMEOUT_S + 26  # 5 s of grace, and of a busy machine: still not the 30 s of torchrun
+    assert "forcefully" not in text, text  # what torchrun says when it has waited
     assert not [line for line in processes() if str(folder) in line]
 
 
