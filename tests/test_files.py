@@ -233,12 +233,10 @@ def test_a_second_holder_is_refused_and_sigkill_frees(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    started = time.monotonic()
     with folder_lock(folder), pytest.raises(UserError), folder_lock(folder):
         pass
     with folder_lock(folder):
         pass
-    assert time.monotonic() - started < 5
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:

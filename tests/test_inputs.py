@@ -94,9 +94,10 @@ READERS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 @pytest.fixture
 def _no_hang() -> Iterator[None]:
-    began = time.monotonic()
+    """CPU time, which other processes do not change; what waits for ever meets pytest's own limit."""
+    began = time.process_time()
     yield
-    assert time.monotonic() - began < 10  # a second, where nothing else runs
+    assert time.process_time() - began < 10  # a second
 
 
 @pytest.mark.timeout(20)

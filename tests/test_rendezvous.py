@@ -59,7 +59,7 @@ def test_who_waits_for_rank_0_says_so_and_gives_up(what: str, capfd: pytest.Capt
         began = time.monotonic()
         with pytest.raises(LostRank):
             meet(f"127.0.0.1:{port}", rank=1, num_ranks=2, timeout_s=2)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # 2 s, and what a busy machine adds: not the store's own 300
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
         thread.join(10)
     told = capfd.readouterr().err.splitlines()

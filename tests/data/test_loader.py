@@ -5,7 +5,6 @@ import io
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -241,12 +240,10 @@ def test_a_damaged_sample_ends_the_epoch_and_is_named(tmp_path: Path, kind: str,
     good = jpeg(picture(np.random.default_rng(1), 48, 64))
     opened = write(tmp_path / "bad.beton", [(damaged_payload(kind) if i == 9 else good, 48, 64, 0) for i in range(12)])
     loader, batches, threads = BetonLoader(opened, os_cache=os_cache), cut(np.arange(12), 4), epoch_threads()
-    began = time.monotonic()
     iterator = loader.epoch(batches, CentreView(16))
     next(iterator), next(iterator)
     with pytest.raises(BadSampleError, match=rf"{opened.path}: the sample at position 9 \(identifier 1063\)"):
         next(iterator)
-    assert time.monotonic() - began < 5
     assert epoch_threads() == threads
 
 
